@@ -1,0 +1,117 @@
+"""Every error of dicomcast, by how far its damage reaches and what the caller should do.
+
+Error
+├── NeedsPerson                  the process does not start, or stops: exit code 2
+│   ├── Misconfigured            settings or mapping modules; lists every problem
+│   ├── Incompatible             the FHIR service or the database schema is not one that we can work with
+│   └── FeedWentBackwards        the change feed is not the one that we read before
+├── LeaseHeld                    another worker syncs this feed: exit code 4
+├── LeaseLost                    this worker may write nothing more; it drops its buffers and stands by
+├── Unavailable                  a service does not answer: the pipeline pauses, nothing is skipped: exit code 3
+│   └── Denied                   a service refuses our credentials (401, 403)
+├── Replan                       this attempt is void; look at both services again
+│   ├── Conflict                 somebody else wrote first (409, 412, 200 to a create)
+│   ├── Disagreement             a fold can't decide; reconcile can
+│   └── OutcomeUnknown           a write may or may not have happened (timeout, 5xx, reset)
+├── Rejected                     the FHIR service refuses the content (400, 404, 410, 422)
+├── StudyFailed                  this study is parked with a failure row
+└── InstanceFailed               this instance is parked with a failure row, its siblings go on
+
+No message holds an attribute value: UIDs, tags, VRs, rule names, lengths and status codes only.
+"""
+
+from collections.abc import Sequence
+
+
+class Error(Exception):
+    """Root of everything that dicomcast raises on purpose."""
+
+
+class NeedsPerson(Error):
+    """Nothing that a retry could mend."""
+
+
+class Misconfigured(NeedsPerson):
+    """Settings or mapping modules are wrong; `problems` lists all of them, each with its mend."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+class Incompatible(NeedsPerson):
+    """The FHIR service lacks what we need, or the database schema is behind or ahead of this version."""
+
+
+class FeedWentBackwards(NeedsPerson):
+    """The change feed was reset or restored: what it calls a sequence is not what we recorded."""
+
+
+class LeaseHeld(Error):
+    """Another worker holds the lease of this feed."""
+
+
+class LeaseLost(Error):
+    """Our lease ran out or was taken over; nothing more may be written under it."""
+
+
+class Unavailable(Error):
+    """A service can't be used now. `service` is `dicom`, `fhir` or `database`; `retry_after` is seconds or None."""
+
+    def __init__(self, service: str, reason: str, *, retry_after: float | None = None):
+        super().__init__(f"{service}: {reason}")
+        self.service = service
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class Denied(Unavailable):
+    """A service answers 401 or 403: a token, an audience or a role is wrong or not yet in force."""
+
+
+class Replan(Error):
+    """What we planned from is no longer so."""
+
+
+class Conflict(Replan):
+    """The FHIR resource moved under us."""
+
+
+class Disagreement(Replan):
+    """New instances contradict what the study holds, under rule `rule`; only the whole study can settle it."""
+
+    def __init__(self, rule: str):
+        super().__init__(f"rule {rule}: instances disagree")
+        self.rule = rule
+
+
+class OutcomeUnknown(Replan):
+    """A write was sent and its answer never came, or says nothing about its effect."""
+
+
+class Rejected(Error):
+    """The FHIR service refuses a write; `status` is the HTTP status, `code` the OperationOutcome's issue code or None."""
+
+    def __init__(self, status: int, *, code: str | None = None):
+        super().__init__(f"HTTP {status}" + (f", issue code {code}" if code else ""))
+        self.status = status
+        self.code = code
+
+
+class _Parked(Error):
+    """What a failure row is made of: `kind` (stable word), `stage`, `rule` and `tag` where there is one, a message."""
+
+    def __init__(self, kind: str, message: str, *, stage: str, rule: str | None = None, tag: str | None = None):
+        super().__init__(message)
+        self.kind = kind
+        self.stage = stage
+        self.rule = rule
+        self.tag = tag
+
+
+class StudyFailed(_Parked):
+    """The study can't be brought into FHIR as it is."""
+
+
+class InstanceFailed(_Parked):
+    """One instance can't be mapped; its siblings can."""

@@ -1,0 +1,1 @@
+"""The mapping modules and code tables that ship with dicomcast."""
