@@ -90,7 +90,7 @@ class OutcomeUnknown(Replan):
 
 
 class Rejected(Error):
-    """The FHIR service refuses a write; `status` is the HTTP status, `code` the OperationOutcome's issue code or None."""
+    """The FHIR service refuses a request; `code` is the issue code of its OperationOutcome, where it sent one."""
 
     def __init__(self, status: int, *, code: str | None = None):
         super().__init__(f"HTTP {status}" + (f", issue code {code}" if code else ""))

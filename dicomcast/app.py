@@ -1,0 +1,410 @@
+"""Composition root: what the verbs do. Nothing else constructs services, stores, rules or workers."""
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+
+from dicomcast import errors, mapping, settings, wire
+from dicomcast.clock import Clock
+from dicomcast.dicom.service import DicomService
+from dicomcast.fhir import resources
+from dicomcast.fhir.service import FhirService
+from dicomcast.state import store
+from dicomcast.sync.worker import Worker
+
+Json = Any
+Progress = Callable[[int, int], None]
+"""Called with the watermark and the newest sequence known."""
+
+log = structlog.get_logger("dicomcast")
+
+
+def configure_logging(options: settings.Log) -> None:
+    """Events to stderr: text on a terminal, else a JSON object per line."""
+    text = options.format == "text" or (options.format == "auto" and sys.stderr.isatty())
+    renderer = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks if not text else structlog.dev.set_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[options.level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def rules(options: settings.Settings) -> mapping.Mapping:
+    """The mapping modules that the settings name, compiled. Raises `Misconfigured`."""
+    context = mapping.Context(
+        patient_system=options.patient.system,
+        accession_system=options.accession.system,
+        timezone=options.mapping.timezone,
+        missing_modality=options.mapping.missing_modality,
+        strict=options.mapping.strict,
+        issuers=options.mapping.issuers,
+        dicom_url=options.dicom_identity,
+        endpoint_address=options.dicom.public_url or options.dicom_root,
+    )
+    return mapping.load(list(options.mapping.modules), context)
+
+
+@contextmanager
+def state(options: settings.Settings, *, clock: Clock | None = None) -> Iterator[store.Store]:
+    """The state database, its schema checked."""
+    with closing(store.Store(options.database.url, clock=clock or Clock())) as opened:
+        opened.open()
+        yield opened
+
+
+@asynccontextmanager
+async def services(options: settings.Settings, *, clock: Clock) -> AsyncIterator[tuple[DicomService, FhirService]]:
+    """Clients of both services."""
+    dicom = DicomService(
+        _wire("dicom", options.dicom, clock), version=options.dicom_version, partition=options.dicom.partition
+    )
+    fhir = FhirService(_wire("fhir", options.fhir, clock), ids=options.fhir.ids)
+    try:
+        yield dicom, fhir
+    finally:
+        await dicom.close()
+        await fhir.close()
+
+
+def _wire(name: str, options: settings.Dicom | settings.Fhir, clock: Clock) -> wire.Service:
+    auth = wire.credentials(
+        username=options.username,
+        password=options.password.get_secret_value() if options.password else None,
+        token=options.token.get_secret_value() if options.token else None,
+    )
+    return wire.Service(name=name, url=options.url, auth=auth, timeout=options.timeout, clock=clock)
+
+
+# sync and run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """What one `sync` did. `report` is its JSON form; `stopped` the signal that ended it early, if one did."""
+
+    report: dict[str, Json]
+    failed: bool
+    stopped: int | None
+
+
+async def sync(options: settings.Settings, *, clock: Clock | None = None, progress: Progress | None = None) -> Synced:
+    """Catch up with the change feed once.
+
+    Raises `NeedsPerson`, `LeaseHeld`, and `Unavailable` when patience runs out; what was settled is kept.
+    """
+    settings.require_patient_system(options)
+    clock = clock or Clock()
+    compiled = rules(options)
+    began = clock.monotonic()
+    with state(options, clock=clock) as opened, _stop_on_signals() as stop:
+        async with services(options, clock=clock) as (dicom, fhir):
+            worker = Worker(
+                options,
+                dicom=dicom,
+                fhir=fhir,
+                rules=compiled,
+                state=opened,
+                clock=clock,
+                owner=_owner(),
+                addresses=_addresses(options),
+                once=True,
+                stop=stop,
+                progress=progress or (lambda watermark, latest: None),
+            )
+            await worker.work()
+            ledger = worker.ledger
+            feed = await asyncio.to_thread(opened.feed, options.feed_name)
+            _, failures = await asyncio.to_thread(opened.counts, feed["id"]) if feed else ({}, {})
+            studies: list[str] = list(ledger.outcomes.values())
+            report = {
+                "watermark": ledger.watermark.low,
+                "entries": ledger.entries,
+                "studies": {word: studies.count(word) for word in OUTCOMES},
+                "failures": {"opened": ledger.opened, "open": sum(failures.values())},
+                "requests": {"dicom": dicom.requests, "fhir": fhir.requests},
+                "seconds": round(clock.monotonic() - began, 3),
+            }
+            return Synced(report, failed=ledger.failed > 0, stopped=stop.signal)
+
+
+OUTCOMES = ("created", "updated", "unchanged", "deleted", "failed")
+"""What may become of a study in one call."""
+
+
+async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
+    """Keep in step until a signal; its number. Stands by while another worker holds the lease."""
+    from dicomcast.web import health
+
+    settings.require_patient_system(options)
+    clock = clock or Clock()
+    compiled = rules(options)
+    with state(options, clock=clock) as opened, _stop_on_signals() as stop:
+        pulse = health.Pulse(clock=clock)
+        with health.serving(pulse, host=options.web.host, port=options.web.port):
+            async with services(options, clock=clock) as (dicom, fhir):
+                while not stop.is_set():
+                    worker = Worker(
+                        options,
+                        dicom=dicom,
+                        fhir=fhir,
+                        rules=compiled,
+                        state=opened,
+                        clock=clock,
+                        owner=_owner(),
+                        addresses=_addresses(options),
+                        once=False,
+                        stop=stop,
+                    )
+                    try:
+                        async with pulse.beating(worker):
+                            await worker.work()
+                    except errors.LeaseLost as lost:
+                        log.warning("standing by", reason=str(lost))
+    return stop.signal or signal.SIGTERM
+
+
+def _owner() -> str:
+    """Who holds the lease, for people: host, process, and a part that no restart repeats."""
+    return f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+def _addresses(options: settings.Settings) -> frozenset[str]:
+    """Addresses by which an Endpoint without our identifier is recognised, with and without version segment."""
+    bases = {
+        options.dicom.public_url or options.dicom_root,
+        options.dicom_root,
+        options.dicom_identity,
+        options.dicom.url,
+    }
+    return frozenset({base.removesuffix("/v1").removesuffix("/v2") for base in bases} | bases)
+
+
+class _Stop(asyncio.Event):
+    """Set by SIGTERM or SIGINT; `signal` says which."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    stop, loop = _Stop(), asyncio.get_running_loop()
+
+    def received(number: int) -> None:
+        stop.signal = number
+        stop.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    for number in numbers:
+        loop.add_signal_handler(number, received, number)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+# What people ask ------------------------------------------------------------------------------------------------------
+
+
+def status(options: settings.Settings) -> dict[str, Json]:
+    """Where the feed is, how many studies and failures there are, and who holds the lease."""
+    with state(options) as opened:
+        feed = opened.feed(options.feed_name)
+        if feed is None:
+            return {
+                "feed": {
+                    "url": options.dicom.url,
+                    "watermark": None,
+                    "latest": None,
+                    "lag_entries": None,
+                    "lag_seconds": None,
+                },
+                "studies": {},
+                "failures": {"open": 0, "by_kind": {}},
+                "lease": {"owner": None, "until": None, "held": False},
+            }
+        now = opened.now()
+        studies, failures = opened.counts(feed["id"])
+    behind = feed["latest"] - (feed["watermark"] or 0)
+    since = feed["current_at"] or feed["seen_at"]
+    held = feed["lease_owner"] is not None and feed["lease_until"] > now
+    return {
+        "feed": {
+            "url": feed["url"],
+            "watermark": feed["watermark"],
+            "latest": feed["latest"],
+            "lag_entries": behind,
+            "lag_seconds": round((now - since).total_seconds(), 1) if behind and since else 0,
+        },
+        "studies": studies,
+        "failures": {"open": sum(failures.values()), "by_kind": failures},
+        "lease": {"owner": feed["lease_owner"], "until": feed["lease_until"], "held": held},
+    }
+
+
+def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
+    """What became of one study, and what is wrong with it."""
+    columns = ("imaging_study", "patient", "series", "instances", "last_sequence", "mapping_digest", "synced_at")
+    with state(options) as opened:
+        feed = opened.feed(options.feed_name)
+        row = opened.study_row(feed["id"], study_uid) if feed else None
+        failures = opened.failures(feed["id"], study_uid=study_uid) if feed else []
+    known = row or {}
+    outcome = known.get("outcome") or ("failed" if failures else "unknown")
+    return {
+        "study_instance_uid": study_uid,
+        "outcome": outcome,
+        **{name: known.get(name) for name in columns},
+        "failures": [_public(failure) for failure in failures],
+    }
+
+
+def failures(
+    options: settings.Settings, *, status: str | None, kind: str | None, study_uid: str | None
+) -> list[dict[str, Json]]:
+    """Failure rows; without `status`, those that are not over."""
+    with state(options) as opened:
+        feed = opened.feed(options.feed_name)
+        if feed is None:
+            return []
+        statuses = (status,) if status else store.ATTENTION
+        rows = opened.failures(feed["id"], statuses=statuses, kind=kind, study_uid=study_uid)
+    return [_public(row) for row in rows]
+
+
+def _public(failure: store.Row) -> dict[str, Json]:
+    return {name: value for name, value in failure.items() if name not in ("feed_id", "resolution")}
+
+
+def upgrade(options: settings.Settings) -> tuple[str | None, str]:
+    """Bring the schema up to this version: revision before and after."""
+    with closing(store.Store(options.database.url, clock=Clock())) as opened:
+        return opened.upgrade()
+
+
+def revision(options: settings.Settings) -> tuple[str | None, str]:
+    """Revision of the schema, and the one that this version needs."""
+    with closing(store.Store(options.database.url, clock=Clock())) as opened:
+        return opened.revision()
+
+
+# map ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unmapped:
+    """Something that could not be mapped: where it came from, UIDs, rule and tag."""
+
+    source: str
+    message: str
+    kind: str
+    study_uid: str | None = None
+    sop_uid: str | None = None
+    rule: str | None = None
+    tag: str | None = None
+
+
+def map_paths(options: settings.Settings, paths: Sequence[str]) -> tuple[Json, list[Unmapped]]:
+    """The FHIR resources of DICOM files, folders, DICOM JSON and change feed pages, as a `collection` Bundle."""
+    compiled = rules(options)
+    unmapped: list[Unmapped] = []
+    studies: dict[str, dict[tuple[str, str], mapping.Instance]] = {}
+    for source, dataset in _datasets(paths, unmapped):
+        try:
+            one = compiled.read(dataset)
+        except errors.InstanceFailed as failed:
+            study_uid, sop_uid = (_first(dataset, tag) for tag in ("0020000D", "00080018"))
+            unmapped.append(Unmapped(source, str(failed), failed.kind, study_uid, sop_uid, failed.rule, failed.tag))
+        else:
+            studies.setdefault(one.study_uid, {})[one.series_uid, one.sop_uid] = one
+    entries: dict[str, Json] = {}
+    for study_uid in sorted(studies):
+        try:
+            entries |= _resources(compiled, study_uid, list(studies[study_uid].values()))
+        except errors.StudyFailed as failed:
+            unmapped.append(Unmapped("", str(failed), failed.kind, study_uid, None, failed.rule, failed.tag))
+    bundle = {"resourceType": "Bundle", "type": "collection"}
+    if entries:
+        bundle["entry"] = [{"fullUrl": url, "resource": resource} for url, resource in entries.items()]  # type: ignore[assignment]
+    return bundle, unmapped
+
+
+def _resources(compiled: mapping.Mapping, study_uid: str, instances: list[mapping.Instance]) -> dict[str, Json]:
+    """Endpoint, Patient and ImagingStudy of one study, by full URL."""
+    endpoint, patient = compiled.endpoint(), compiled.patient(instances).resource
+    identity = "|".join(str(part) for part in compiled.patient_key(instances))
+    urls = [
+        f"urn:uuid:{resources.assigned_id(kind, what)}"
+        for kind, what in (
+            ("Endpoint", endpoint["identifier"][0]["value"]),
+            ("Patient", identity),
+            ("ImagingStudy", f"urn:oid:{study_uid}"),
+        )
+    ]
+    study = compiled.study(instances, subject={"reference": urls[1]}, endpoint={"reference": urls[0]}).resource
+    return dict(zip(urls, (endpoint, patient, study), strict=True))
+
+
+def _datasets(paths: Sequence[str], unmapped: list[Unmapped]) -> Iterator[tuple[str, Json]]:
+    """DICOM JSON of everything that was named; what can't be read goes to `unmapped`."""
+    from dicomcast.dicom import files
+
+    for path in _files(paths):
+        if path == "-" or path.endswith(".json"):
+            try:
+                content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+                yield from ((path, dataset) for dataset in _json_datasets(orjson.loads(content)))
+            except (OSError, ValueError) as unreadable:
+                unmapped.append(Unmapped(path, f"can't be read as JSON ({type(unreadable).__name__})", "unreadable"))
+        else:
+            try:
+                yield path, files.metadata(files.read(Path(path)))
+            except (OSError, ValueError) as unreadable:
+                unmapped.append(Unmapped(path, f"can't be read as DICOM ({type(unreadable).__name__})", "unreadable"))
+
+
+def _files(paths: Sequence[str]) -> Iterator[str]:
+    for path in paths:
+        if path != "-" and Path(path).is_dir():
+            yield from (str(one) for one in sorted(Path(path).rglob("*")) if one.is_file())
+        else:
+            yield path
+
+
+def _json_datasets(value: Json) -> Iterator[Json]:
+    """One DICOM JSON object, an array of them, or a change feed page (or entry) that carries them as `metadata`."""
+    for one in value if isinstance(value, list) else [value]:
+        fields = {str(name).lower(): content for name, content in one.items()} if isinstance(one, dict) else {}
+        if "sequence" not in fields:
+            yield one
+        elif fields.get("metadata"):
+            yield fields["metadata"]
+
+
+def _first(dataset: Json, tag: str) -> str | None:
+    try:
+        return str(dataset[tag]["Value"][0])
+    except (LookupError, TypeError):
+        return None

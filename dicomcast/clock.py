@@ -1,0 +1,21 @@
+"""The one source of time: all that waits or stamps asks a `Clock`, so that hours pass in a test's milliseconds."""
+
+import asyncio
+import time
+from datetime import UTC, datetime
+
+
+class Clock:
+    """The machine's own time. Tests put a virtual one in its place."""
+
+    def now(self) -> datetime:
+        """Wall clock, UTC-aware."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """Seconds that never go back; the origin means nothing."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Let others run for `seconds`."""
+        await asyncio.sleep(seconds)

@@ -1,0 +1,129 @@
+"""Change feed entries, as the DICOM service writes them and as we read them.
+
+The feed says *that* an instance changed. Its `state` and `metadata` are computed when it is read, so an old entry
+shows today's situation. Property names and enum values are read case-insensitively: the service and its own
+documentation disagree about them.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+from dicomcast import errors
+
+Json = Any
+"""A JSON value as Python has it."""
+
+
+class Action(Enum):
+    """What happened."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    UPDATE = "update"
+
+
+class State(Enum):
+    """What has become of the instance since."""
+
+    CURRENT = "current"
+    REPLACED = "replaced"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFeedEntry:
+    """One change of one instance. `timestamp` is the service's own text; `metadata` is a DICOM JSON object or None."""
+
+    sequence: int
+    study_uid: str
+    series_uid: str
+    sop_uid: str
+    action: Action
+    state: State
+    timestamp: str
+    partition: str | None = None
+    metadata: Json | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """An entry that can't be understood: recorded as a failure of its sequence, and passed."""
+
+    sequence: int
+    error: errors.InstanceFailed
+    study_uid: str | None = None
+    series_uid: str | None = None
+    sop_uid: str | None = None
+
+
+Entry = ChangeFeedEntry | Malformed
+
+
+def parse(raw: Json, *, sequence: int | None = None) -> Entry:
+    """Read one entry. `sequence` is what was asked for, where the entry itself can't say.
+
+    Raises `ValueError` for what has no sequence at all.
+    """
+    fields = {str(name).lower(): value for name, value in raw.items()} if isinstance(raw, dict) else {}
+    own = fields.get("sequence")
+    if isinstance(own, int) and not isinstance(own, bool) and own > 0:
+        sequence = own
+    elif sequence is None:
+        raise ValueError("a change feed entry without a sequence")
+    uids = [_uid(fields.get(name)) for name in ("studyinstanceuid", "seriesinstanceuid", "sopinstanceuid")]
+    missing = [name for name, uid in zip(("study", "series", "SOP instance"), uids, strict=True) if uid is None]
+    if missing:
+        problem = f"the entry has no valid {' and no valid '.join(missing)} UID"
+        return Malformed(sequence, _failed("malformed-entry", problem), *uids)
+    try:
+        action = Action(str(fields.get("action")).lower())
+        state = State(str(fields.get("state")).lower())
+    except ValueError:
+        return Malformed(sequence, _failed("unknown-action", "the entry's action or state is not known"), *uids)
+    metadata = fields.get("metadata")
+    return ChangeFeedEntry(
+        sequence=sequence,
+        study_uid=uids[0] or "",
+        series_uid=uids[1] or "",
+        sop_uid=uids[2] or "",
+        action=action,
+        state=state,
+        timestamp=_text(fields.get("timestamp")) or "",
+        partition=_text(fields.get("partitionname")),
+        metadata=metadata if isinstance(metadata, dict) and metadata else None,
+    )
+
+
+def _uid(value: object) -> str | None:
+    """A UID (PS3.5 9.1); what is none goes into no path and no database."""
+    uid = _text(value)
+    return uid if uid and re.fullmatch(r"[0-9.]{1,64}", uid) else None
+
+
+def _text(value: object) -> str | None:
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def moment(entry: ChangeFeedEntry) -> datetime | None:
+    """When it was recorded; the service writes up to seven fraction digits and any offset."""
+    try:
+        parsed = datetime.fromisoformat(entry.timestamp)
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else None
+
+
+def other_study(entry: ChangeFeedEntry) -> str | None:
+    """The study that the metadata names, where it is not the entry's: a bulk update can change UIDs."""
+    try:
+        named = _uid(entry.metadata["0020000D"]["Value"][0]) if entry.metadata else None
+    except (LookupError, TypeError):
+        return None
+    return named if named != entry.study_uid else None
+
+
+def _failed(kind: str, message: str) -> errors.InstanceFailed:
+    return errors.InstanceFailed(kind, message, stage="read")

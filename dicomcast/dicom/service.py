@@ -1,0 +1,159 @@
+"""Client of the DICOM service: the change feed by sequence, metadata by WADO-RS, existence by QIDO-RS.
+
+The feed is read through v1 whatever version serves the rest: only there does an offset name a sequence, so that a
+position can be taken up again exactly. Its `limit` is a width of sequence numbers, not a count: a page may hold fewer
+entries than that, and an empty page is not the end.
+"""
+
+import re
+from collections.abc import AsyncIterator
+from datetime import datetime
+
+import orjson
+
+from dicomcast import errors, wire
+from dicomcast.dicom import feed
+
+PAGE = 100
+"""Sequence numbers per page: the most that v1 allows."""
+
+_FEED = {"Accept": "application/json"}
+_DICOM_JSON = {"Accept": "application/dicom+json"}
+
+
+class DicomService:
+    """One DICOM service, or one data partition of it. Every method may raise `Unavailable` and `Denied`."""
+
+    def __init__(self, service: wire.Service, *, version: str = "v1", partition: str | None = None):
+        self._service = service
+        self._root = f"/{version}" + (f"/partitions/{partition}" if partition else "")
+
+    @property
+    def requests(self) -> int:
+        """HTTP requests sent so far."""
+        return self._service.requests
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._service.close()
+
+    async def latest(self) -> feed.Entry | None:
+        """The entry with the highest sequence, without metadata; None while the feed is empty (204)."""
+        response = await self._read("/v1/changefeed/latest", params={"includeMetadata": "false"}, headers=_FEED)
+        try:
+            raw = orjson.loads(response.content) if response.content.strip() else None
+            return feed.parse(raw) if raw else None
+        except ValueError:
+            raise errors.Unavailable("dicom", "the newest change feed entry can't be read") from None
+
+    async def before(self, moment: datetime) -> int:
+        """The sequence before the first entry recorded at `moment` or later; only v2 can say."""
+        params: dict[str, str | int] = {"startTime": moment.isoformat(), "limit": 1, "includeMetadata": "false"}
+        entries = _entries(orjson.loads((await self._read("/v2/changefeed", params=params, headers=_FEED)).content))
+        if entries:
+            return entries[0].sequence - 1
+        latest = await self.latest()
+        return latest.sequence if latest else 0
+
+    async def page(self, after: int, *, width: int = PAGE, metadata: bool = True) -> list[feed.Entry]:
+        """Entries of the sequences `after + 1` to `after + width`, ascending.
+
+        A page that can't be parsed is read entry by entry. One that the service can't serve with metadata (a single
+        vanished blob fails a page with 500) is read without, and its entries then have none.
+        """
+        params: dict[str, str | int] = {
+            "offset": after,
+            "limit": width,
+            "includeMetadata": "true" if metadata else "false",
+        }
+        try:
+            response = await self._read("/v1/changefeed", params=params, headers=_FEED)
+        except errors.Unavailable as failure:
+            if not metadata or failure.reason != "HTTP 500":
+                raise
+            return await self.page(after, width=width, metadata=False)
+        try:
+            raw = orjson.loads(response.content) if response.content.strip() else []
+            return _entries(raw, alone=after + 1 if width == 1 else None)
+        except ValueError:
+            if width == 1:
+                failed = errors.InstanceFailed("malformed-entry", "the entry is not JSON", stage="read")
+                return [feed.Malformed(after + 1, failed)]
+        singly: list[feed.Entry] = []
+        for sequence in range(after + 1, after + width + 1):
+            singly += await self.page(sequence - 1, width=1, metadata=metadata)
+        return singly
+
+    async def study(self, study_uid: str) -> AsyncIterator[feed.Json]:
+        """Metadata of every instance of a study (DICOM JSON objects, in no order), as it arrives.
+
+        Raises `LookupError` where the service answers 404, before the first instance.
+        """
+        path = f"{self._root}/studies/{study_uid}/metadata"
+        async with self._service.stream(path, headers=_DICOM_JSON, also={404}) as (status, chunks):
+            if status == 404:
+                raise LookupError(study_uid)
+            if status != 204:
+                async for instance in json_array(chunks):
+                    yield instance
+
+    async def lists(self, study_uid: str) -> bool:
+        """Whether QIDO-RS finds the study: the second witness of a study that is gone."""
+        params: dict[str, str | int] = {"StudyInstanceUID": study_uid, "limit": 1}
+        response = await self._read(f"{self._root}/studies", params=params, headers=_DICOM_JSON)
+        try:
+            found = orjson.loads(response.content) if response.content.strip() else []
+        except orjson.JSONDecodeError:
+            raise errors.Unavailable("dicom", "a search answer is not JSON") from None
+        if not isinstance(found, list):
+            raise errors.Unavailable("dicom", "a search answer is not a list")
+        return bool(found)
+
+    async def _read(self, path: str, *, params: dict[str, str | int], headers: dict[str, str]) -> wire.Response:
+        """Nothing that we ask of a DICOM service is rightly refused: a wrong address, or a gateway in between."""
+        try:
+            return await self._service.read("GET", path, params=params, headers=headers)
+        except (errors.Rejected, errors.Conflict) as refused:
+            raise errors.Unavailable("dicom", f"{refused} to GET {path.partition('/studies')[0]}") from None
+
+
+def _entries(raw: feed.Json, *, alone: int | None = None) -> list[feed.Entry]:
+    if not isinstance(raw, list):
+        raise ValueError("a change feed page is a JSON array")  # noqa: TRY004 - as undecodable as JSON that is cut
+    return sorted((feed.parse(one, sequence=alone) for one in raw), key=lambda entry: entry.sequence)
+
+
+_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
+"""The next bracket that stands outside of strings; a string that is not complete yet gives no match."""
+
+
+async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
+    """Items of a JSON array of objects one by one, with no more than one of them and a chunk in memory.
+
+    Raises `Unavailable` where the body is cut or is something else.
+    """
+    pending, depth, begin, scanned, opened = bytearray(), 0, 0, 0, False
+    async for chunk in chunks:
+        pending += chunk
+        while bracket := _BRACKET.match(pending, scanned):
+            scanned = bracket.end()
+            if bracket[1] in b"[{":
+                depth += 1
+                opened = True
+                begin = scanned - 1 if depth == 2 else begin
+            else:
+                depth -= 1
+                if depth == 1:
+                    yield _object(pending[begin:scanned])
+        cut = begin if depth >= 2 else scanned
+        del pending[:cut]
+        begin, scanned = 0, scanned - cut
+    if not opened or depth != 0 or pending.strip():
+        raise errors.Unavailable("dicom", "a metadata answer was cut short or is not JSON")
+
+
+def _object(text: bytearray) -> feed.Json:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise errors.Unavailable("dicom", "a metadata answer is not JSON") from None

@@ -1,0 +1,352 @@
+"""Every option of dicomcast, with its default, its unit and its help; all problems are reported at once.
+
+Flag > environment > file > default. The environment has the prefix `DICOMCAST_` and `__` per level
+(`DICOMCAST_DICOM__URL`); a secret may stand in a file (`DICOMCAST_FHIR__TOKEN_FILE`); the file is `dicomcast.toml`
+in the working directory, or what `--config` or `DICOMCAST_CONFIG` names. A key that nobody knows is an error.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from dicomcast import errors
+
+PREFIX = "DICOMCAST_"
+_NOT_SETTINGS = re.compile(r"DICOMCAST_(CONFIG$|TEST_)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _seconds(value: object) -> object:
+    """Read `30`, `"30s"`, `"15m"` or `"2h"` as seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*", value)):
+        return float(match[1]) * _UNITS[match[2] or "s"]
+    return value
+
+
+def _base_url(value: str) -> str:
+    if not re.match(r"https?://[^/\s]+", value):
+        raise ValueError("must be an http or https address")
+    return value.rstrip("/")
+
+
+def _time_zone(value: str) -> str:
+    if value not in available_timezones():
+        raise ValueError("must be an IANA time zone such as Europe/Vienna")
+    return ZoneInfo(value).key
+
+
+def _start(value: object) -> object:
+    if value in ("beginning", "now") or isinstance(value, datetime):
+        return value
+    moment = datetime.fromisoformat(str(value))
+    if moment.tzinfo is None:
+        raise ValueError("a start time needs a zone, such as 2026-01-31T00:00:00+01:00")
+    return moment
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+BaseUrl = Annotated[str, AfterValidator(_base_url)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Service(_Section):
+    url: BaseUrl = Field(description="base URL of the service")
+    username: str | None = Field(None, description="user of HTTP basic authentication")
+    password: SecretStr | None = Field(None, description="password of HTTP basic authentication")
+    token: SecretStr | None = Field(None, description="bearer token")
+    timeout: Seconds = Field(60.0, description="seconds until an answer must have begun")
+
+    @pydantic.model_validator(mode="after")
+    def _one_credential(self) -> "_Service":
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username and password go together")
+        if self.token is not None and self.username is not None:
+            raise ValueError("either a token or username and password, not both")
+        return self
+
+
+class Dicom(_Service):
+    """The DICOM service whose change feed is read."""
+
+    url: BaseUrl = Field(description="base URL of the DICOM service, without the version segment /v1")
+    public_url: BaseUrl | None = Field(
+        None, description="address written into Endpoint; default: url with its version segment"
+    )
+    version: Literal["auto", "v1", "v2"] = Field(
+        "auto", description="API version of metadata, searches and Endpoint; auto is v1, which always serves the feed"
+    )
+    partition: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="data partition to read")
+    feed: str | None = Field(None, description="name of the feed in the database; default: url")
+    start: Annotated[Literal["beginning", "now"] | datetime, BeforeValidator(_start)] = Field(
+        "beginning", description="where a feed that the database does not know is taken up: beginning, now or a time"
+    )
+    poll: Seconds = Field(5.0, description="seconds between looks at the change feed when there is nothing new")
+
+
+class Fhir(_Service):
+    """The FHIR R4 service that is kept in step."""
+
+    url: BaseUrl = Field(description="base URL of the FHIR R4 service")
+    ids: Literal["auto", "client", "server"] = Field(
+        "auto", description="who chooses the ids of new resources; auto asks the service's capability statement"
+    )
+
+
+class Database(_Section):
+    """Where sync state lives."""
+
+    url: str = Field(
+        "sqlite:///dicomcast.db",
+        description="SQLAlchemy URL: sqlite:///relative.db, postgresql+psycopg://user@host/name",
+    )
+
+
+class Patient(_Section):
+    """How PatientID becomes a Patient."""
+
+    system: str | None = Field(
+        None, description="identifier system (a URI) for PatientID where no issuer says otherwise"
+    )
+    policy: Literal["lookup-or-create", "lookup", "create-or-update", "identifier-only"] = Field(
+        "lookup-or-create", description="what may be done to Patients"
+    )
+
+
+class Accession(_Section):
+    """How AccessionNumber becomes an identifier."""
+
+    system: str | None = Field(None, description="identifier system (a URI) where no issuer says otherwise")
+
+
+class ImagingStudy(_Section):
+    """What becomes of an ImagingStudy."""
+
+    end: Literal["delete", "cancelled", "entered-in-error"] = Field(
+        "delete", description="when its last instance is gone: delete the resource, or keep it with this status"
+    )
+
+
+class MappingOptions(_Section):
+    """What is mapped, and how strictly."""
+
+    modules: tuple[str, ...] = Field(("patient", "endpoint", "imaging_study"), description="mapping modules, in order")
+    strict: bool = Field(
+        False, description="an invalid optional value fails its instance instead of leaving its element out"
+    )
+    missing_modality: Literal["OT", "fail"] = Field("OT", description="what an instance without Modality becomes")
+    timezone: Annotated[str, AfterValidator(_time_zone)] | None = Field(
+        None, description="IANA zone of times that carry no offset; without one, only their date is written"
+    )
+    issuers: dict[str, str] = Field({}, description="IssuerOfPatientID (text or OID) to identifier system")
+
+
+class Sync(_Section):
+    """How the worker goes about it."""
+
+    patience: Seconds = Field(
+        30.0,
+        description="seconds without progress after which sync gives up on a service or waits for the lease no longer",
+    )
+    lease: Annotated[Seconds, Field(ge=1)] = Field(
+        20.0, description="seconds after which a silent worker's lease is free"
+    )
+    buffer: int = Field(50_000, ge=100, description="instances held in memory at the most")
+    parallel: int = Field(4, ge=1, le=100, description="studies written at the same time")
+
+
+class Settle(_Section):
+    """When a study that is still arriving is written (at the head of the feed)."""
+
+    idle: Seconds = Field(10.0, description="seconds of quiet, times (1 + instances/1000)")
+    max: Seconds = Field(
+        60.0, description="seconds after which at least half of a study is written although it is not quiet"
+    )
+    cap: Seconds = Field(
+        600.0, description="seconds after which it is written in any case; the watermark lags no further"
+    )
+
+
+class Web(_Section):
+    """Health and status of `run`."""
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=0, le=65535, description="0 takes a free one; a port that is taken is a warning only")
+
+
+class Log(_Section):
+    """What is said on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity that is shown")
+    format: Literal["auto", "text", "json"] = Field(
+        "auto", description="auto: text on a terminal, JSON lines elsewhere"
+    )
+
+
+class Settings(BaseSettings):
+    """All sections. Build it by `load`, which reports every problem in words."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    dicom: Dicom
+    fhir: Fhir
+    database: Database = Database()
+    patient: Patient = Patient()
+    accession: Accession = Accession()
+    imaging_study: ImagingStudy = ImagingStudy()
+    mapping: MappingOptions = MappingOptions()
+    sync: Sync = Sync()
+    settle: Settle = Settle()
+    web: Web = Web()
+    log: Log = Log()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` has merged: it reads the other sources itself, to report all their problems together."""
+        return (init_settings,)
+
+    @property
+    def feed_name(self) -> str:
+        """What the database calls this feed: the name given, else the service's identity."""
+        return self.dicom.feed or self.dicom_identity
+
+    @property
+    def dicom_root(self) -> str:
+        """Where the DICOM service's own resources are: URL, version segment, partition."""
+        return f"{self.dicom.url}/{self.dicom_version}" + self._partition
+
+    @property
+    def dicom_version(self) -> str:
+        """`v1` or `v2`."""
+        return "v1" if self.dicom.version == "auto" else self.dicom.version
+
+    @property
+    def _partition(self) -> str:
+        return f"/partitions/{self.dicom.partition}" if self.dicom.partition else ""
+
+    @property
+    def dicom_identity(self) -> str:
+        """The service's URL with its partition: names our Endpoint, whatever address is published in it."""
+        return self.dicom.url + self._partition
+
+
+def load(config: Path | None = None, *, flags: Mapping[str, Any] | None = None, unused: Sequence[str] = ()) -> Settings:
+    """Read file, environment and `flags` (nested like the file); raise `errors.Misconfigured` with every problem.
+
+    `unused`: sections with a required option (`dicom`, `fhir`) that the caller has no use for.
+    """
+    nowhere = {section: {"url": "http://unused.invalid"} for section in unused}
+    values, problems = _from_file(config)
+    problems += _unknown_variables()
+    try:
+        loaded = Settings(**_overlaid(nowhere, values, _Environment(Settings)(), flags or {}))
+    except pydantic.ValidationError as invalid:
+        problems += [_in_words(problem) for problem in invalid.errors(include_input=False, include_url=False)]
+    except SettingsError as unreadable:
+        problems.append(f"environment: {unreadable}")
+    except OSError as unreadable:
+        problems.append(f"{unreadable.filename}: can't be read ({unreadable.strerror}); a *_FILE variable names it")
+    if problems:
+        raise errors.Misconfigured(problems)
+    return loaded
+
+
+def require_patient_system(settings: Settings) -> None:
+    """PatientIDs are only unique within their issuer: without a system nothing may be looked up or created."""
+    if not settings.patient.system:
+        raise errors.Misconfigured(
+            [f"patient.system is missing: set {PREFIX}PATIENT__SYSTEM to the URI of the authority that issues them"]
+        )
+
+
+def options() -> Iterator[tuple[str, str, str]]:
+    """Name, default and help of every setting, in order: what the documentation lists."""
+    for section, field in Settings.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        for name, option in model.model_fields.items():
+            default = "required" if option.is_required() else option.default
+            yield f"{section}.{name}", "" if default is None else str(default), option.description or ""
+
+
+def variable(name: str) -> str:
+    """Environment variable of the setting `section.name`."""
+    return PREFIX + name.replace(".", "__").upper()
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, where `NAME_FILE` stands for the content of that file."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        found = dict(super()._load_env_vars())
+        known = {variable(name).lower() for name, _, _ in options()}
+        for name in list(found):
+            if name.endswith("_file") and name not in known and name.removesuffix("_file") in known:
+                path = found.pop(name)
+                found[name.removesuffix("_file")] = Path(path or "").read_text(encoding="utf-8").strip()
+        return found
+
+
+def _overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merged option by option; a later layer wins."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            under = merged.get(section)
+            merged[section] = {**under, **values} if isinstance(under, dict) and isinstance(values, dict) else values
+    return merged
+
+
+def _from_file(config: Path | None) -> tuple[dict[str, Any], list[str]]:
+    named = config or (Path(os.environ["DICOMCAST_CONFIG"]) if os.environ.get("DICOMCAST_CONFIG") else None)
+    path = named or Path("dicomcast.toml")
+    if named is None and not path.exists():
+        return {}, []
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")), []
+    except OSError as unreadable:
+        return {}, [f"{path}: can't be read ({unreadable.strerror})"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as invalid:
+        return {}, [f"{path}: is not TOML: {invalid}"]
+
+
+def _unknown_variables() -> Iterator[str]:
+    known = {variable(name) for name, _, _ in options()}
+    for name in sorted(os.environ):
+        upper = name.upper()
+        if not upper.startswith(PREFIX) or _NOT_SETTINGS.match(upper):
+            continue
+        if upper not in known and upper.removesuffix("_FILE") not in known:
+            yield f"{name}: no such setting; see the README's table of settings"
+
+
+def _in_words(problem: Any) -> str:
+    """One line for a person. The value stays out: it may be a secret."""
+    loc = [str(part) for part in problem["loc"]]
+    name = ".".join(loc[:2])
+    if problem["type"] == "missing":
+        inner = f"{name}.url" if name in ("dicom", "fhir") else name
+        return f"{inner} is missing: set {variable(inner)}"
+    if problem["type"] == "extra_forbidden":
+        return f"{name}: no such setting; see the README's table of settings"
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')} (set {variable(name)})"

@@ -1,0 +1,484 @@
+"""The state database: what the worker reads at start and commits as it goes, and what the reports ask.
+
+Synchronous; the worker calls it through `asyncio.to_thread`. A database that can't be used raises
+`Unavailable("database", …)`. Whatever a worker writes carries its fencing token: a worker whose lease went to
+somebody else gets `LeaseLost` and has changed nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from dicomcast import errors
+from dicomcast.clock import Clock
+from dicomcast.state import schema, tables
+
+Row = dict[str, Any]
+
+_RETRY_PAUSES = (60, 300, 1800, 7200, 21600)
+"""Seconds until a failure that may heal by itself is tried again, by the number of attempts so far."""
+
+ATTENTION = ("open", "retrying")
+"""Statuses of failures that are not over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write for a feed. `token` is the fencing token; `expired`: its last owner did not give it back."""
+
+    feed_id: int
+    token: int
+    owner: str
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a feed is. `mark` is study UID, SOP UID and time of the entry at the watermark, where there was one."""
+
+    first: int
+    watermark: int
+    latest: int
+    mark: tuple[str, str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What we know of a study in FHIR: what became of it, and the version that we wrote last."""
+
+    study_instance_uid: str
+    outcome: str
+    imaging_study: str | None
+    version: str | None
+    patient: str | None
+    series: int
+    instances: int
+    first_sequence: int
+    last_sequence: int
+    mapping_digest: str
+    synced_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """What we know of a Patient in FHIR; `sequence` is the change whose demographics it holds."""
+
+    fhir_id: str
+    ours: bool
+    version: str | None
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that needs attention. `heals`: it may go away by itself, and is tried again."""
+
+    kind: str
+    stage: str
+    message: str
+    study_instance_uid: str | None = None
+    series_instance_uid: str | None = None
+    sop_instance_uid: str | None = None
+    sequence: int | None = None
+    rule: str | None = None
+    tag: str | None = None
+    heals: bool = False
+
+    @property
+    def key(self) -> tuple[str | None, str, str]:
+        """What it is about within its study: the same again is the same row."""
+        return (self.sop_instance_uid, self.stage, self.kind)
+
+
+IssueKey = tuple[str, str, str, str]
+"""Rule, tag, VR, reason."""
+
+
+@dataclass(slots=True)
+class Effects:
+    """What one commit makes true, all of it or nothing.
+
+    `reconciled` maps a study to what still fails in it: its other failures are resolved, and its issues replaced.
+    """
+
+    studies: dict[str, Study] = field(default_factory=dict)
+    patients: dict[str, Patient] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    reconciled: dict[str, str] = field(default_factory=dict)
+    issues: dict[str, Counter[IssueKey]] = field(default_factory=dict)
+    missed: dict[int, datetime] = field(default_factory=dict)
+    closed_gaps: set[int] = field(default_factory=set)
+
+
+    def follow(self, later: "Effects") -> None:
+        """Add what came after, where these could not be committed."""
+        self.studies |= later.studies
+        self.patients |= later.patients
+        self.failures += later.failures
+        for study_uid, resolution in later.reconciled.items():
+            self.reconciled[study_uid] = resolution
+            self.issues.pop(study_uid, None)
+        for study_uid, counts in later.issues.items():
+            self.issues.setdefault(study_uid, Counter()).update(counts)
+        self.missed |= later.missed
+        self.closed_gaps |= later.closed_gaps
+
+
+class Store:
+    """One state database. `open` first."""
+
+    def __init__(self, url: str, *, clock: Clock):
+        self._clock = clock
+        try:
+            self._engine = sa.create_engine(url, pool_pre_ping=True)
+        except (sa.exc.ArgumentError, ImportError) as invalid:
+            mend = "install dicomcast[postgres]" if isinstance(invalid, ImportError) else "see DICOMCAST_DATABASE__URL"
+            raise errors.Misconfigured([f"database.url: {type(invalid).__name__}; {mend}"]) from None
+        if self._engine.dialect.name not in ("sqlite", "postgresql"):
+            raise errors.Misconfigured(["database.url: only sqlite:// and postgresql+psycopg:// are supported"])
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _prepare_sqlite)
+
+    def open(self) -> None:
+        """Make an empty database's tables. Raises `Incompatible` for a schema that is behind or ahead of us."""
+        with self._transaction() as connection:
+            schema.prepare(connection)
+
+    def upgrade(self) -> tuple[str | None, str]:
+        """Bring the schema up to this version: revision before and after."""
+        with self._transaction() as connection:
+            return schema.upgrade(connection)
+
+    def revision(self) -> tuple[str | None, str]:
+        """Revision of the database's schema, and the one that this version needs."""
+        with self._transaction() as connection:
+            return schema.current(connection), schema.newest()
+
+    def close(self) -> None:
+        """Drop all connections."""
+        self._engine.dispose()
+
+    # The lease ------------------------------------------------------------------------------------------------------
+
+    def acquire(self, feed: str, *, url: str, owner: str, seconds: float) -> Lease:
+        """Take the lease of a feed, which is made known to the database if need be. Raises `LeaseHeld`."""
+        table = tables.feed
+        with self._transaction() as connection:
+            new = {"name": feed, "url": url, "latest": 0, "token": 0}
+            connection.execute(self._insert(table).values(new).on_conflict_do_nothing(index_elements=["name"]))
+            now = self._now(connection)
+            before = connection.execute(sa.select(table.c.lease_owner).where(table.c.name == feed)).scalar_one()
+            free = sa.or_(table.c.lease_owner.is_(None), table.c.lease_until < now)
+            taken = connection.execute(
+                sa.update(table)
+                .where(table.c.name == feed, free)
+                .values(
+                    url=url, token=table.c.token + 1, lease_owner=owner, lease_until=now + timedelta(seconds=seconds)
+                )
+                .returning(table.c.id, table.c.token)
+            ).first()
+        if taken is None:
+            raise errors.LeaseHeld(f"another worker syncs the feed {feed}")
+        return Lease(taken.id, taken.token, owner, expired=before is not None)
+
+    def renew(self, lease: Lease, *, seconds: float) -> None:
+        """Hold the lease for `seconds` from now. Raises `LeaseLost`."""
+        with self._transaction() as connection:
+            until = self._now(connection) + timedelta(seconds=seconds)
+            self._fenced(connection, lease, lease_until=until)
+
+    def release(self, lease: Lease) -> None:
+        """Free the lease at once; nothing happens where it is lost already."""
+        table = tables.feed
+        with self._transaction() as connection:
+            mine = (table.c.id == lease.feed_id, table.c.token == lease.token)
+            connection.execute(sa.update(table).where(*mine).values(lease_owner=None, lease_until=None))
+
+    # What the worker reads ------------------------------------------------------------------------------------------
+
+    def position(self, lease: Lease) -> Position | None:
+        """Where the feed is; None where it was never begun."""
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(tables.feed).where(tables.feed.c.id == lease.feed_id)).one()
+        if row.watermark is None:
+            return None
+        mark = (row.mark_study_uid, row.mark_sop_uid, row.mark_timestamp) if row.mark_sop_uid else None
+        return Position(row.first, row.watermark, row.latest, mark)
+
+    def gaps(self, lease: Lease) -> dict[int, datetime]:
+        """Sequences that may still come, and since when they are missed."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                sa.select(tables.gap.c.sequence, tables.gap.c.first_missed)
+                .where(tables.gap.c.feed_id == lease.feed_id)
+                .order_by(tables.gap.c.sequence)
+            )
+            return {row.sequence: row.first_missed for row in rows}
+
+    def study(self, lease: Lease, study_uid: str) -> tuple[Study | None, bool]:
+        """The study's row, and whether it has failures that are not over."""
+        table, failure = tables.study, tables.failure
+        with self._transaction() as connection:
+            row = connection.execute(
+                sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.study_instance_uid == study_uid)
+            ).first()
+            failing = connection.execute(
+                sa.select(failure.c.id)
+                .where(
+                    failure.c.feed_id == lease.feed_id,
+                    failure.c.study_instance_uid == study_uid,
+                    failure.c.status.in_(ATTENTION),
+                    failure.c.kind != "partition",
+                )
+                .limit(1)
+            ).first()
+        return (Study(**_without_feed(row)) if row else None), failing is not None
+
+    def patient(self, lease: Lease, fhir_id: str) -> Patient | None:
+        """The Patient's row."""
+        table = tables.patient
+        with self._transaction() as connection:
+            row = connection.execute(
+                sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.fhir_id == fhir_id)
+            ).first()
+        return Patient(**_without_feed(row)) if row else None
+
+    def due(self, lease: Lease, *, limit: int = 100) -> list[str]:
+        """Studies with a failure whose next retry has come."""
+        table = tables.failure
+        with self._transaction() as connection:
+            rows = connection.execute(
+                sa.select(table.c.study_instance_uid)
+                .where(
+                    table.c.feed_id == lease.feed_id,
+                    table.c.status.in_(ATTENTION),
+                    table.c.next_retry <= self._clock.now(),
+                    table.c.study_instance_uid.is_not(None),
+                )
+                .group_by(table.c.study_instance_uid)
+                .limit(limit)
+            )
+            return [row.study_instance_uid for row in rows]
+
+    # What the worker commits ----------------------------------------------------------------------------------------
+
+    def commit(self, lease: Lease, position: Position, effects: Effects, *, current: bool) -> int:
+        """Write effects and position in one transaction; the number of failures that this opened.
+
+        `current`: nothing newer was to be had. Raises `LeaseLost`.
+        """
+        now = self._clock.now()
+        with self._transaction() as connection:
+            values: Row = {
+                "first": position.first,
+                "watermark": position.watermark,
+                "latest": position.latest,
+                "seen_at": now,
+            }
+            mark = position.mark or (None, None, None)
+            values |= dict(zip(("mark_study_uid", "mark_sop_uid", "mark_timestamp"), mark, strict=True))
+            self._fenced(connection, lease, **values, **({"current_at": now} if current else {}))
+            feed_id = lease.feed_id
+            self._upsert(connection, tables.study, feed_id, effects.studies.values())
+            self._upsert(connection, tables.patient, feed_id, effects.patients.values())
+            opened = self._commit_failures(connection, feed_id, effects, now)
+            self._commit_issues(connection, feed_id, effects)
+            self._commit_gaps(connection, feed_id, effects)
+        return opened
+
+    def _commit_failures(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> int:
+        table = tables.failure
+        opened = 0
+        kept: set[int] = set()
+        for failure in effects.failures:
+            known = self._open_failure(connection, feed_id, failure)
+            attempts = (known.attempts if known else 0) + 1
+            values = asdict(failure)
+            pause = timedelta(seconds=_RETRY_PAUSES[min(attempts, len(_RETRY_PAUSES)) - 1])
+            values |= {
+                "attempts": attempts,
+                "last_seen": now,
+                "next_retry": now + pause if values.pop("heals") else None,
+            }
+            values["status"] = "retrying" if values["next_retry"] else "open"
+            if known:
+                connection.execute(sa.update(table).where(table.c.id == known.id).values(values))
+                kept.add(known.id)
+            else:
+                inserted = connection.execute(sa.insert(table).values(feed_id=feed_id, first_seen=now, **values))
+                kept.add((inserted.inserted_primary_key or (0,))[0])
+                opened += 1
+        for study_uid, resolution in effects.reconciled.items():
+            connection.execute(
+                sa.update(table)
+                .where(
+                    table.c.feed_id == feed_id,
+                    table.c.study_instance_uid == study_uid,
+                    table.c.status.in_(ATTENTION),
+                    table.c.kind != "partition",
+                    table.c.id.not_in(kept),
+                )
+                .values(status="resolved", resolution=resolution, last_seen=now, next_retry=None)
+            )
+        return opened
+
+    def _open_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
+        table = tables.failure
+        alike = [
+            table.c.feed_id == feed_id,
+            table.c.status.in_(ATTENTION),
+            table.c.kind == failure.kind,
+            table.c.stage == failure.stage,
+            table.c.study_instance_uid.is_not_distinct_from(failure.study_instance_uid),
+            table.c.sop_instance_uid.is_not_distinct_from(failure.sop_instance_uid),
+        ]
+        if failure.study_instance_uid is None or failure.kind == "partition":
+            alike.append(table.c.sequence == failure.sequence)
+        return connection.execute(sa.select(table.c.id, table.c.attempts).where(*alike)).first()
+
+    def _commit_issues(self, connection: sa.Connection, feed_id: int, effects: Effects) -> None:
+        table = tables.issue
+        for study_uid in effects.reconciled:
+            connection.execute(
+                sa.delete(table).where(table.c.feed_id == feed_id, table.c.study_instance_uid == study_uid)
+            )
+        rows = [
+            {"feed_id": feed_id, "study_instance_uid": study_uid, "count": count}
+            | dict(zip(("rule", "tag", "vr", "reason"), key, strict=True))
+            for study_uid, counts in effects.issues.items()
+            for key, count in counts.items()
+        ]
+        if rows:
+            insert = self._insert(table)
+            more = {"count": table.c.count + insert.excluded.count}
+            connection.execute(insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=more), rows)
+
+    def _commit_gaps(self, connection: sa.Connection, feed_id: int, effects: Effects) -> None:
+        table = tables.gap
+        rows = [
+            {"feed_id": feed_id, "sequence": sequence, "first_missed": since}
+            for sequence, since in effects.missed.items()
+            if sequence not in effects.closed_gaps
+        ]
+        if rows:
+            connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
+        for some in _chunks(sorted(effects.closed_gaps), 500):
+            connection.execute(sa.delete(table).where(table.c.feed_id == feed_id, table.c.sequence.in_(some)))
+
+    # What people ask ------------------------------------------------------------------------------------------------
+
+    def feed(self, name: str) -> Row | None:
+        """The feed's row."""
+        with self._transaction() as connection:
+            row = connection.execute(sa.select(tables.feed).where(tables.feed.c.name == name)).first()
+            return dict(row._mapping) if row else None
+
+    def now(self) -> datetime:
+        """The clock that leases are measured by."""
+        with self._transaction() as connection:
+            return self._now(connection)
+
+    def counts(self, feed_id: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Studies by outcome; failures that are not over by kind."""
+        study, failure = tables.study, tables.failure
+        with self._transaction() as connection:
+            by_outcome = connection.execute(
+                sa.select(study.c.outcome, sa.func.count()).where(study.c.feed_id == feed_id).group_by(study.c.outcome)
+            )
+            outcomes = {row[0]: row[1] for row in by_outcome}
+            by_kind = connection.execute(
+                sa.select(failure.c.kind, sa.func.count())
+                .where(failure.c.feed_id == feed_id, failure.c.status.in_(ATTENTION))
+                .group_by(failure.c.kind)
+            )
+            return outcomes, {row[0]: row[1] for row in by_kind}
+
+    def study_row(self, feed_id: int, study_uid: str) -> Row | None:
+        """Everything known of a study."""
+        table = tables.study
+        with self._transaction() as connection:
+            row = connection.execute(
+                sa.select(table).where(table.c.feed_id == feed_id, table.c.study_instance_uid == study_uid)
+            ).first()
+            return dict(row._mapping) if row else None
+
+    def failures(
+        self,
+        feed_id: int,
+        *,
+        statuses: Sequence[str] = ATTENTION,
+        kind: str | None = None,
+        study_uid: str | None = None,
+    ) -> list[Row]:
+        """Failures, oldest first."""
+        table = tables.failure
+        chosen = [table.c.feed_id == feed_id, table.c.status.in_(statuses)]
+        if kind:
+            chosen.append(table.c.kind == kind)
+        if study_uid:
+            chosen.append(table.c.study_instance_uid == study_uid)
+        with self._transaction() as connection:
+            return [
+                dict(row._mapping) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))
+            ]
+
+    # Inside ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as failure:
+            cause = getattr(failure, "orig", None) or failure
+            raise errors.Unavailable("database", f"can't be used ({type(cause).__name__})") from failure
+
+    def _now(self, connection: sa.Connection) -> datetime:
+        """PostgreSQL's clock, which all workers share; SQLite has no other than ours."""
+        if self._engine.dialect.name == "postgresql":
+            now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+            return now
+        return self._clock.now()
+
+    def _fenced(self, connection: sa.Connection, lease: Lease, **values: Any) -> None:
+        table = tables.feed
+        mine = (table.c.id == lease.feed_id, table.c.token == lease.token, table.c.lease_owner == lease.owner)
+        if connection.execute(sa.update(table).where(*mine).values(values)).rowcount != 1:
+            raise errors.LeaseLost("the lease of the feed went to another worker")
+
+    def _insert(self, table: sa.Table) -> Any:
+        return (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(table)
+
+    def _upsert(
+        self, connection: sa.Connection, table: sa.Table, feed_id: int, rows: Iterable[Study] | Iterable[Patient]
+    ) -> None:
+        values = [{"feed_id": feed_id, **asdict(row)} for row in rows]
+        if values:
+            insert = self._insert(table)
+            changed = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
+            connection.execute(
+                insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed), values
+            )
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    """Readers beside one writer, and a patient wait for the lock."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=15000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _without_feed(row: Any) -> Row:
+    return {name: value for name, value in row._mapping.items() if name != "feed_id"}
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

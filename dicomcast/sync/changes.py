@@ -1,0 +1,168 @@
+"""Entries gathered by study: what came, whether fold may take it, and when the study has settled.
+
+An entry is reduced on arrival to what the rules read of it (`mapping.Instance`); its metadata is dropped.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from dicomcast import errors, mapping, settings
+from dicomcast.dicom import feed
+from dicomcast.state import store
+
+InstanceKey = tuple[str, str]
+"""Series Instance UID, SOP Instance UID."""
+
+
+@dataclass(slots=True)
+class StudyChange:
+    """What is pending of one study. `reason`: why only reconcile may settle it; None while fold may."""
+
+    study_uid: str
+    arrived: float
+    touched: float
+    sequences: list[int] = field(default_factory=list)
+    instances: dict[InstanceKey, tuple[int, mapping.Instance]] = field(default_factory=dict)
+    without_metadata: dict[InstanceKey, int] = field(default_factory=dict)
+    failures: list[store.Failure] = field(default_factory=list)
+    reason: str | None = None
+    patient_key: tuple[str | None, str] | None = None
+    """Of the Patient that the last attempt was about."""
+    feed_time: datetime | None = None
+    held: int | None = None
+    """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
+    urgent: bool = False
+    """To be written without waiting for quiet."""
+
+    @property
+    def last_sequence(self) -> int:
+        """The newest change of it; 0 where there is none (a retry)."""
+        return max(self.sequences, default=0)
+
+    def reconcile(self, reason: str) -> None:
+        """Leave it to the exact road, which reads everything anew."""
+        self.reason = self.reason or reason
+        self.instances.clear()
+        self.failures.clear()
+
+    def absorb(self, later: "StudyChange") -> None:
+        """Take over what came after, before the DICOM service is read."""
+        self.sequences += later.sequences
+        self.without_metadata |= later.without_metadata
+
+    def add(self, entry: feed.ChangeFeedEntry, rules: mapping.Mapping) -> None:
+        """Reduce one entry. State first, action second."""
+        self.sequences.append(entry.sequence)
+        key = (entry.series_uid, entry.sop_uid)
+        if entry.action is not feed.Action.CREATE:
+            self.without_metadata.pop(key, None)
+            self.reconcile(entry.action.value)
+        elif entry.state is feed.State.DELETED:
+            pass  # its Delete entry follows, and settles it
+        elif entry.state is feed.State.REPLACED:
+            self.reconcile("replaced")
+        elif entry.metadata is None:
+            self.without_metadata[key] = entry.sequence
+            self.reconcile("no metadata")
+        elif key in self.instances:
+            self.reconcile("twice")
+        elif self.reason is None:
+            self._fold(entry, key, rules)
+
+    def _fold(self, entry: feed.ChangeFeedEntry, key: InstanceKey, rules: mapping.Mapping) -> None:
+        try:
+            instance = rules.read(entry.metadata)
+        except errors.InstanceFailed as failed:
+            self.failures.append(failure_of(failed, study_uid=self.study_uid, key=key, sequence=entry.sequence))
+            return
+        if (instance.study_uid, instance.series_uid, instance.sop_uid) != (self.study_uid, *key):
+            self.reconcile("UIDs changed")
+            return
+        first = next(iter(self.instances.values()), None)
+        if first is not None and first[1].patient_key != instance.patient_key:
+            self.reconcile("another patient")
+            return
+        self.instances[key] = (entry.sequence, instance)
+
+
+def failure_of(
+    failed: errors.InstanceFailed | errors.StudyFailed,
+    *,
+    study_uid: str | None,
+    key: tuple[str | None, str | None] = (None, None),
+    sequence: int | None = None,
+    heals: bool = False,
+) -> store.Failure:
+    """The row for a failure."""
+    return store.Failure(
+        kind=failed.kind,
+        stage=failed.stage,
+        message=str(failed),
+        study_instance_uid=study_uid,
+        series_instance_uid=key[0],
+        sop_instance_uid=key[1],
+        sequence=sequence,
+        rule=failed.rule,
+        tag=failed.tag,
+        heals=heals,
+    )
+
+
+class Buffer:
+    """All pending studies, the longest untouched first."""
+
+    def __init__(self, *, settle: settings.Settle, limit: int):
+        self._settle = settle
+        self._limit = limit
+        self._studies: dict[str, StudyChange] = {}
+
+    def __len__(self) -> int:
+        """Entries that wait."""
+        return sum(len(change.sequences) for change in self._studies.values())
+
+    def __iter__(self) -> Iterator[StudyChange]:
+        return iter(self._studies.values())
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be read before something is written."""
+        return len(self) >= self._limit
+
+    def touch(self, study_uid: str, *, now: float) -> StudyChange:
+        """The study's pending change, now the most recently touched."""
+        change = self._studies.pop(study_uid, None) or StudyChange(study_uid, arrived=now, touched=now)
+        change.touched = now
+        self._studies[study_uid] = change
+        return change
+
+    def take(self, study_uid: str) -> StudyChange | None:
+        """Remove and return what is pending of a study."""
+        return self._studies.pop(study_uid, None)
+
+    def due_behind(self, feed_time: datetime | None) -> Iterator[StudyChange]:
+        """While catching up: what is quiet in feed time, and the longest untouched while more than half full."""
+        excess = len(self) - self._limit // 2 if self.full else 0
+        for change in list(self):
+            quiet = timedelta(seconds=self._quiet(len(change.instances)))
+            if excess > 0:
+                excess -= len(change.sequences)
+                yield change
+            elif feed_time and change.feed_time and feed_time - change.feed_time > quiet:
+                yield change
+
+    def due_at_head(self, *, now: float) -> Iterator[StudyChange]:
+        """At the head: a study new to us at once, others when quiet, half anew and old, or very old."""
+        for change in list(self):
+            held, pending, age = change.held or 0, len(change.sequences), now - change.arrived
+            if (
+                change.urgent
+                or change.held == 0
+                or now - change.touched >= self._quiet(held + pending)
+                or (age >= self._settle.max and pending >= held / 2)
+                or age >= self._settle.cap
+            ):
+                yield change
+
+    def _quiet(self, instances: int) -> float:
+        return self._settle.idle * (1 + instances / 1000)

@@ -1,0 +1,218 @@
+"""What has been settled and is not in the database yet, and the lease under which it may be written there.
+
+The watermark passes an entry only in the transaction that records what became of it. Nothing may be written to FHIR
+or to the database unless a quarter of the lease is left on our own clock: fencing can't reach the FHIR service.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from dicomcast import errors
+from dicomcast.clock import Clock
+from dicomcast.dicom import feed
+from dicomcast.state import store
+from dicomcast.sync.watermark import Watermark
+
+Outcome = Literal["created", "updated", "unchanged", "deleted", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of a study. `resolution` is set by reconcile: every failure that is not in `failures` is over."""
+
+    outcome: Outcome
+    study: store.Study
+    failures: tuple[store.Failure, ...] = ()
+    issues: Counter[store.IssueKey] = field(default_factory=Counter)
+    resolution: Literal["mapped", "deleted"] | None = None
+
+
+class Ledger:
+    """The state of one feed while this worker holds its lease."""
+
+    def __init__(self, state: store.Store, *, clock: Clock, seconds: float):
+        self._store = state
+        self._clock = clock
+        self._seconds = seconds
+        self._held_until = 0.0
+        self._lease: store.Lease | None = None
+        self._effects = store.Effects()
+        self._writing: store.Effects | None = None
+        self._commits = asyncio.Lock()
+        self._marks: dict[int, tuple[str, str, str]] = {}
+        self.position: store.Position | None = None
+        self.watermark = Watermark(0)
+        self.latest = 0
+        self.entries = 0
+        self.opened = 0
+        self.failed = 0
+        self.outcomes: dict[str, Outcome] = {}
+
+    @property
+    def lease(self) -> store.Lease:
+        """The lease; there is always one while work is done."""
+        if self._lease is None:
+            raise errors.LeaseLost("no lease is held")
+        return self._lease
+
+    @property
+    def first(self) -> int:
+        """Reading began after this sequence."""
+        return self.position.first if self.position else 0
+
+    @property
+    def dirty(self) -> bool:
+        """Whether there is anything to commit."""
+        moved = self.position is not None and self.position.watermark != self.watermark.low
+        return moved or self._effects != store.Effects()
+
+    # The lease ------------------------------------------------------------------------------------------------------
+
+    async def open(self, feed_name: str, *, url: str, owner: str) -> None:
+        """Take the lease and read the position. Raises `LeaseHeld`."""
+        asked = self._clock.monotonic()
+        lease = await asyncio.to_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
+        self._lease, self._held_until = lease, asked + self._seconds
+        if lease.expired:
+            # Its last owner may still have a write under way that it began when a quarter was left.
+            await self._clock.sleep(self._seconds / 4)
+        self.position = await asyncio.to_thread(self._store.position, lease)
+        if self.position is not None:
+            self.watermark = Watermark(self.position.watermark)
+            self.latest = self.position.latest
+
+    async def keep(self) -> None:
+        """Renew the lease for ever; raises `LeaseLost` when that is over."""
+        while True:
+            await self._clock.sleep(self._seconds / 4)
+            asked = self._clock.monotonic()
+            try:
+                await asyncio.to_thread(self._store.renew, self.lease, seconds=self._seconds)
+            except errors.Unavailable:
+                if self._clock.monotonic() > self._held_until:
+                    raise errors.LeaseLost("the lease ran out while the database was away") from None
+            else:
+                self._held_until = asked + self._seconds
+
+    def guard(self) -> None:
+        """Before every FHIR write and every plan of one: a quarter of the lease must be left."""
+        if self._clock.monotonic() > self._held_until - self._seconds / 4:
+            raise errors.LeaseLost("the lease has not been renewed in time")
+
+    async def close(self) -> None:
+        """Give the lease back at once."""
+        if self._lease is not None:
+            await asyncio.to_thread(self._store.release, self._lease)
+            self._lease = None
+
+    # What was read --------------------------------------------------------------------------------------------------
+
+    def begin(self, first: int) -> None:
+        """Take up a feed that the database does not know, after sequence `first`."""
+        self.position = store.Position(first, first, self.latest, None)
+        self.watermark = Watermark(first)
+
+    def read(self, entry: feed.Entry, *, parts: int = 1) -> None:
+        """Note an entry above all others, and the gap before it."""
+        self.entries += 1
+        now = self._clock.now()
+        for missing in self.watermark.read(entry.sequence, parts=parts):
+            self._effects.missed[missing] = now
+        if isinstance(entry, feed.ChangeFeedEntry):
+            self._marks[entry.sequence] = mark_of(entry)
+        self.latest = max(self.latest, entry.sequence)
+
+    def filled(self, sequence: int) -> bool:
+        """Note an entry that filled a gap; False if it is being dealt with already."""
+        new = self.watermark.late(sequence)
+        self.entries += new
+        return new
+
+    def give_up_on(self, sequences: Iterable[int]) -> None:
+        """Gaps that nothing will fill any more."""
+        self._effects.closed_gaps.update(sequences)
+
+    async def gaps(self) -> dict[int, datetime]:
+        """Sequences that may still come, and since when they are missed."""
+        return await asyncio.to_thread(self._store.gaps, self.lease)
+
+    # What is known --------------------------------------------------------------------------------------------------
+
+    async def study(self, study_uid: str) -> tuple[store.Study | None, bool]:
+        """The study's row, and whether failures of it are open."""
+        if any(study_uid in effects.studies for effects in (self._effects, self._writing) if effects):
+            await self.commit()
+        return await asyncio.to_thread(self._store.study, self.lease, study_uid)
+
+    async def patient(self, fhir_id: str) -> store.Patient | None:
+        """The Patient's row."""
+        for effects in (self._effects, self._writing):
+            if effects and fhir_id in effects.patients:
+                return effects.patients[fhir_id]
+        return await asyncio.to_thread(self._store.patient, self.lease, fhir_id)
+
+    async def due(self) -> list[str]:
+        """Studies with a failure whose next retry has come."""
+        return await asyncio.to_thread(self._store.due, self.lease)
+
+    # What became of it ----------------------------------------------------------------------------------------------
+
+    def remember(self, patient: store.Patient) -> None:
+        """A Patient's new row."""
+        self._effects.patients[patient.fhir_id] = patient
+
+    def fail(self, failure: store.Failure, *, sequence: int) -> None:
+        """An entry that can only be recorded."""
+        self._effects.failures.append(failure)
+        self.failed += 1
+        self._settle([sequence])
+
+    def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled) -> None:
+        """A study's entries have had their effect."""
+        self._effects.studies[study_uid] = settled.study
+        self._effects.failures += settled.failures
+        self.failed += len(settled.failures)
+        if settled.resolution:
+            self._effects.reconciled[study_uid] = settled.resolution
+            self._effects.issues.pop(study_uid, None)
+        self._effects.issues.setdefault(study_uid, Counter()).update(settled.issues)
+        before = self.outcomes.get(study_uid)
+        stays = before == "created" and settled.outcome in ("updated", "unchanged")
+        if not stays and not (before and settled.outcome == "unchanged"):
+            self.outcomes[study_uid] = settled.outcome
+        self._settle(sequences)
+
+    def _settle(self, sequences: Iterable[int]) -> None:
+        self._effects.closed_gaps.update(sequence for sequence in sequences if self.watermark.settle(sequence))
+
+    async def commit(self) -> None:
+        """Effects and watermark, in one transaction. Raises `Unavailable` (and keeps them) and `LeaseLost`."""
+        async with self._commits:
+            if self.position is None or not self.dirty:
+                return
+            self.guard()
+            low = self.watermark.low
+            mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
+            position = store.Position(self.position.first, low, self.latest, mark)
+            self._writing, self._effects = self._effects, store.Effects()
+            try:
+                self.opened += await asyncio.to_thread(
+                    self._store.commit, self.lease, position, self._writing, current=low >= self.latest
+                )
+            except errors.Unavailable:
+                self._writing.follow(self._effects)
+                self._effects = self._writing
+                raise
+            finally:
+                self._writing = None
+            self.position = position
+            self._marks = {sequence: mark for sequence, mark in self._marks.items() if sequence >= low}
+
+
+def mark_of(entry: feed.ChangeFeedEntry) -> tuple[str, str, str]:
+    """What tells an entry from another of the same sequence."""
+    return (entry.study_uid, entry.sop_uid, entry.timestamp)

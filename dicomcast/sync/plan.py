@@ -1,0 +1,82 @@
+"""From what FHIR holds and what we want to the writes that are needed. Pure: no service, no clock, no database."""
+
+from dataclasses import dataclass
+
+from dicomcast import mapping
+from dicomcast.fhir import resources
+from dicomcast.fhir.resources import Held, Json, Write
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How new resources get their ids, and whom they come from."""
+
+    client_ids: bool
+    source: str
+    """`meta.source` of an ImagingStudy that we created: identity of the DICOM service."""
+
+
+def endpoint(held: Held | None, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
+    """Our Endpoint: created, completed where it was adopted, or None where it is as we want it."""
+    wanted = rules.endpoint()
+    if held is None:
+        return _create("Endpoint", wanted, identifier=wanted["identifier"][0], naming=naming)
+    return _update(held, rules.merge(held.resource, wanted), rules)
+
+
+def new_patient(wanted: Json) -> Write:
+    """A Patient that nobody has yet: always created on condition, and tagged as ours."""
+    identifier = wanted["identifier"][0]
+    query = resources.identifier_query(identifier.get("system"), identifier["value"])
+    return Write("Patient", {**wanted, "meta": {"tag": [resources.TAG]}}, if_none_exist=query, creates=True)
+
+
+def patient(held: Held, wanted: Json, *, rules: mapping.Mapping) -> Write | None:
+    """Demographics of a Patient that we may change; None where they are as we want them."""
+    return _update(held, rules.merge(held.resource, wanted), rules)
+
+
+def study(held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
+    """The ImagingStudy with what we own of it as wanted, and what others put there as it is."""
+    if held is None:
+        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming)
+    return _update(held, rules.merge(held.resource, wanted), rules)
+
+
+def ended(held: Held, *, status: str, rules: mapping.Mapping) -> Write | None:
+    """The ImagingStudy of a study that is gone, where it has to stay: no series, counts 0, `status`."""
+    kept = {name: value for name, value in held.resource.items() if name not in ("series", "modality")}
+    return _update(held, {**kept, "status": status, "numberOfSeries": 0, "numberOfInstances": 0}, rules)
+
+
+def delete(held: Held) -> Write:
+    """Remove the ImagingStudy."""
+    return Write("ImagingStudy", None, id=held.id, if_match=held.version)
+
+
+def created_by_us(held: Held, study_uid: str, *, naming: Naming) -> bool:
+    """Whether the ImagingStudy is one of ours: by the id that we would assign, or by `meta.source`.
+
+    HAPI appends `#` and a request id to `meta.source`.
+    """
+    source = str((held.resource.get("meta") or {}).get("source") or "").partition("#")[0]
+    return held.id == resources.assigned_id("ImagingStudy", f"urn:oid:{study_uid}") or source == naming.source
+
+
+def study_identifier(resource: Json) -> Json:
+    """`urn:dicom:uid`, `urn:oid:` and the Study Instance UID: the search key (FHIR R4 ImagingStudy, notes)."""
+    return next(one for one in resource["identifier"] if one.get("system") == "urn:dicom:uid")
+
+
+def _create(resource_type: str, wanted: Json, *, identifier: Json, naming: Naming) -> Write:
+    if naming.client_ids:
+        resource_id = resources.assigned_id(resource_type, identifier["value"])
+        return Write(resource_type, {**wanted, "id": resource_id}, id=resource_id, creates=True)
+    query = resources.identifier_query(identifier.get("system"), identifier["value"])
+    return Write(resource_type, wanted, if_none_exist=query, creates=True)
+
+
+def _update(held: Held, merged: Json, rules: mapping.Mapping) -> Write | None:
+    if rules.same(held.resource, merged):
+        return None
+    return Write(held.type, merged, id=held.id, if_match=held.version)

@@ -1,0 +1,332 @@
+"""The two roads of a study into FHIR. They end in the same resource; only their cost differs.
+
+Fold needs a base that we can vouch for, and merges new instances into it. Reconcile reads FHIR first, then DICOM, and
+writes under that FHIR version: with this order a write that passes `If-Match` never carries older news than the version
+that it replaces.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dicomcast import errors, mapping
+from dicomcast.clock import Clock
+from dicomcast.dicom import values
+from dicomcast.dicom.service import DicomService
+from dicomcast.fhir import resources
+from dicomcast.fhir.resources import Held, Json, Write, Written
+from dicomcast.fhir.service import FhirService
+from dicomcast.state import store
+from dicomcast.sync import plan
+from dicomcast.sync.changes import StudyChange, failure_of
+from dicomcast.sync.ledger import Ledger, Outcome, Settled
+from dicomcast.sync.links import Links
+
+_CACHE_BYTES = 64_000_000
+_Build = Callable[[Json, Json], mapping.Built]
+"""From references to subject and Endpoint to the wanted ImagingStudy."""
+
+
+@dataclass(slots=True)
+class Archived:
+    """What the DICOM service holds of a study: what could be mapped, and what could not."""
+
+    instances: list[mapping.Instance]
+    failures: list[store.Failure]
+
+
+class Roads:
+    """Fold and reconcile."""
+
+    def __init__(
+        self,
+        *,
+        dicom: DicomService,
+        fhir: FhirService,
+        links: Links,
+        ledger: Ledger,
+        rules: mapping.Mapping,
+        naming: plan.Naming,
+        end: str,
+        clock: Clock,
+    ):
+        self._dicom = dicom
+        self._fhir = fhir
+        self._links = links
+        self._ledger = ledger
+        self._rules = rules
+        self._naming = naming
+        self._end_policy = end
+        self._clock = clock
+        self._written: OrderedDict[str, tuple[Held, bytes]] = OrderedDict()
+        self._written_bytes = 0
+
+    # Fold -----------------------------------------------------------------------------------------------------------
+
+    async def fold(self, change: StudyChange) -> Settled:
+        """Merge the new instances of `change` into what FHIR holds. Raises `Replan` where only reconcile will do."""
+        row, failing = await self._ledger.study(change.study_uid)
+        if not change.instances:
+            return self._nothing_new(change, row)
+        arrived = list(change.instances.values())
+        key = self._rules.patient_key([instance for _, instance in arrived])
+        async with self._links.holding(key):
+            if row is None or row.outcome == "deleted":
+                base = await self._links.resolve(key, study_uid=change.study_uid)
+                if base is not None or self._ledger.first != 0:
+                    raise errors.Replan("a study that we did not write from its first entry on")
+                instances = [instance for _, instance in arrived]
+                build = self._whole(instances)
+            else:
+                base = await self._base(row, failing)
+                await self._links.resolve(key)
+                instances = self._unknown(change, base, row)
+                build = self._more(base, instances) if instances else self._as_it_is(base)
+            return await self._write(
+                change, row, base, build, instances=instances or [arrived[0][1]], exact=base is None
+            )
+
+    async def _base(self, row: store.Study, failing: bool) -> Held:
+        """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
+        if row.outcome != "synced" or failing or row.mapping_digest != self._rules.digest or row.version is None:
+            raise errors.Replan("a study that can't be vouched for")
+        remembered = self._written.get(row.study_instance_uid)
+        if remembered is not None and remembered[0].version == row.version:
+            held, content = remembered
+            return Held(held.type, held.id, held.version, resources.loads(content))
+        assert row.imaging_study is not None
+        read = await self._fhir.read("ImagingStudy", row.imaging_study)
+        if read is None or read.version != row.version:
+            raise errors.Conflict("fhir: the ImagingStudy is not the one that we wrote")
+        return read
+
+    def _unknown(self, change: StudyChange, base: Held, row: store.Study) -> list[mapping.Instance]:
+        """The instances that the base lacks. An old entry is a repetition, a new one for what we hold a replacement."""
+        known = self._rules.instance_uids(base.resource)
+        for key, (sequence, _) in change.instances.items():
+            if key in known and sequence > row.last_sequence:
+                raise errors.Replan("an instance that we hold was created again")
+        return [instance for key, (_, instance) in change.instances.items() if key not in known]
+
+    def _nothing_new(self, change: StudyChange, row: store.Study | None) -> Settled:
+        """Only repetitions, what is deleted already, or what can't be mapped: no word to FHIR."""
+        known = row or self._row(change, None, "failed" if change.failures else "deleted", None)
+        outcome: Outcome = "failed" if known.outcome == "failed" else "unchanged"
+        return Settled(outcome, _advanced(known, change), failures=tuple(change.failures))
+
+    # Reconcile ------------------------------------------------------------------------------------------------------
+
+    async def reconcile(self, change: StudyChange, absorb: Callable[[], StudyChange | None]) -> Settled:
+        """Make FHIR say of the study what the DICOM service says. `absorb` takes what came for it meanwhile."""
+        row, _ = await self._ledger.study(change.study_uid)
+        held = await self._in_fhir(change.study_uid, row)
+        if (later := absorb()) is not None:
+            change.absorb(later)
+        archived = await self._in_dicom(change.study_uid)
+        failures = self._still_missing(change, archived)
+        if archived is not None and archived.instances:
+            failures += archived.failures
+            key = self._rules.patient_key(archived.instances)
+            async with self._links.holding(key):
+                await self._links.resolve(key)
+                build = self._whole(archived.instances)
+                settled = await self._write(change, row, held, build, instances=archived.instances, exact=True)
+            return replace(settled, failures=tuple(failures), resolution="mapped")
+        failures += archived.failures if archived else []
+        return await self._end(change, row, held, failures=tuple(failures), gone=archived is None)
+
+    async def _in_fhir(self, study_uid: str, row: store.Study | None) -> Held | None:
+        if row is not None and row.imaging_study is not None and row.outcome != "deleted":
+            held = await self._fhir.read("ImagingStudy", row.imaging_study)
+            if held is not None:
+                return held
+        return await self._links.resolve(None, study_uid=study_uid)
+
+    async def _in_dicom(self, study_uid: str) -> Archived | None:
+        """The study's instances; None where two witnesses say that it is gone: metadata 404, and no search hit."""
+        found: dict[tuple[str, str], mapping.Instance] = {}
+        failures: list[store.Failure] = []
+        try:
+            async for dataset in self._dicom.study(study_uid):
+                try:
+                    instance = self._rules.read(dataset)
+                except errors.InstanceFailed as failed:
+                    failures.append(failure_of(failed, study_uid=study_uid, key=_uids(dataset)))
+                else:
+                    found[instance.series_uid, instance.sop_uid] = instance
+        except LookupError:
+            if await self._dicom.lists(study_uid):
+                raise errors.Unavailable("dicom", "a study is listed but has no metadata") from None
+            return None
+        if not found and not failures:
+            raise errors.Unavailable("dicom", "a study has metadata of no instance")
+        return Archived(list(found.values()), failures)
+
+    def _still_missing(self, change: StudyChange, archived: Archived | None) -> list[store.Failure]:
+        """Instances whose Create entry came without metadata, and that WADO does not know either."""
+        there = {(one.series_uid, one.sop_uid) for one in archived.instances} if archived else set()
+        failed = {(one.series_instance_uid, one.sop_instance_uid) for one in archived.failures} if archived else set()
+        absent = errors.InstanceFailed("metadata-missing", "neither the entry nor WADO-RS has metadata", stage="read")
+        return [
+            failure_of(absent, study_uid=change.study_uid, key=key, sequence=sequence)
+            for key, sequence in change.without_metadata.items()
+            if key not in there and key not in failed
+        ]
+
+    async def _end(
+        self,
+        change: StudyChange,
+        row: store.Study | None,
+        held: Held | None,
+        *,
+        failures: tuple[store.Failure, ...],
+        gone: bool,
+    ) -> Settled:
+        """Nothing of the study can be shown any more: DELETE, or what the policy says."""
+        self.forget(change.study_uid)
+        self._ledger.guard()
+        outcome: Outcome = "failed" if failures else "unchanged" if held is None else "deleted"
+        kept: Held | None = None
+        if held is not None:
+            ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
+            stays = self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
+            if stays or not await self._deleted(held):
+                kept = await self._ended(held)
+            elif gone and await self._dicom.lists(change.study_uid):
+                raise errors.Replan("the study came back while it was deleted")
+        study = self._row(change, row, "failed" if failures else "cancelled" if kept else "deleted", kept)
+        return Settled(outcome, study, failures=failures, resolution="deleted")
+
+    async def _deleted(self, held: Held) -> bool:
+        """DELETE; False where others refer to the study (409 though nobody changed it)."""
+        try:
+            await self._fhir.write([plan.delete(held)])
+        except errors.Conflict:
+            now = await self._fhir.read("ImagingStudy", held.id)
+            if now is None or now.version != held.version:
+                raise
+            return False
+        return True
+
+    async def _ended(self, held: Held) -> Held:
+        """The ImagingStudy that stays, without our series."""
+        status = "cancelled" if self._end_policy == "delete" else self._end_policy
+        write = plan.ended(held, status=status, rules=self._rules)
+        if write is None:
+            return held
+        self._ledger.guard()
+        (done,) = await self._fhir.write([write])
+        assert done is not None
+        return _as_written(write, done, {})
+
+    # Both -----------------------------------------------------------------------------------------------------------
+
+    def _whole(self, instances: list[mapping.Instance]) -> _Build:
+        return lambda subject, endpoint: self._rules.study(instances, subject=subject, endpoint=endpoint)
+
+    def _more(self, base: Held, instances: list[mapping.Instance]) -> _Build:
+        return lambda subject, endpoint: self._rules.extend(
+            base.resource, instances, subject=subject, endpoint=endpoint
+        )
+
+    def _as_it_is(self, base: Held) -> _Build:
+        return lambda subject, endpoint: mapping.Built(base.resource, ())
+
+    async def _write(
+        self,
+        change: StudyChange,
+        row: store.Study | None,
+        held: Held | None,
+        build: _Build,
+        *,
+        instances: list[mapping.Instance],
+        exact: bool,
+    ) -> Settled:
+        """Plan, write what is needed at once, and say what came of it."""
+        sequence = max(change.last_sequence, row.last_sequence if row else 0)
+        key = change.patient_key = self._rules.patient_key(instances)
+        who = self._rules.patient(instances)
+        subject, patient_write = await self._links.patient(key, who.resource, sequence=sequence, exact=exact)
+        endpoint, endpoint_write = self._links.endpoint()
+        built = build(subject, {"reference": endpoint})
+        study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
+        writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
+        addresses: dict[str, str] = {}
+        study: Held | None = held
+        if writes:
+            self._ledger.guard()
+            for write, done in zip(writes, await self._fhir.write(writes), strict=True):
+                assert done is not None
+                addresses[write.reference] = done.reference
+                await self._links.written(key, write, done, sequence=sequence)
+                if write is study_write:
+                    study = _as_written(write, done, addresses)
+        assert study is not None
+        self._cache(change.study_uid, study)
+        outcome: Outcome = "unchanged" if not writes else "created" if held is None else "updated"
+        issues = Counter(_issue(issue) for one in instances for issue in one.issues)
+        issues.update(_issue(issue) for issue in (*built.issues, *who.issues))
+        return Settled(outcome, self._row(change, row, "synced", study), failures=tuple(change.failures), issues=issues)
+
+    def parked(self, change: StudyChange, row: store.Study | None) -> store.Study:
+        """The row of a study that could not be brought into FHIR: what is there stays known."""
+        known = row or self._row(change, None, "failed", None)
+        return _advanced(replace(known, outcome="failed"), change)
+
+    def _row(self, change: StudyChange, row: store.Study | None, outcome: str, study: Held | None) -> store.Study:
+        resource = study.resource if study else {}
+        subject = str((resource.get("subject") or {}).get("reference") or "")
+        fresh = store.Study(
+            study_instance_uid=change.study_uid,
+            outcome=outcome,
+            imaging_study=study.id if study else None,
+            version=study.version if study else None,
+            patient=subject.rpartition("/")[2] or None,
+            series=int(resource.get("numberOfSeries") or 0),
+            instances=int(resource.get("numberOfInstances") or 0),
+            first_sequence=row.first_sequence if row else min(change.sequences, default=0),
+            last_sequence=row.last_sequence if row else 0,
+            mapping_digest=self._rules.digest,
+            synced_at=self._clock.now(),
+        )
+        return _advanced(fresh, change)
+
+    def _cache(self, study_uid: str, held: Held) -> None:
+        content = resources.dumps(held.resource)
+        _, before = self._written.pop(study_uid, (None, b""))
+        self._written[study_uid] = (replace(held, resource=None), content)
+        self._written_bytes += len(content) - len(before)
+        while self._written_bytes > _CACHE_BYTES:
+            _, (_, content) = self._written.popitem(last=False)
+            self._written_bytes -= len(content)
+
+    def forget(self, study_uid: str) -> None:
+        """Drop what is remembered of a study."""
+        _, content = self._written.pop(study_uid, (None, b""))
+        self._written_bytes -= len(content)
+
+
+def _advanced(row: store.Study, change: StudyChange) -> store.Study:
+    return replace(row, last_sequence=max(row.last_sequence, change.last_sequence))
+
+
+def _as_written(write: Write, done: Written, addresses: dict[str, str]) -> Held:
+    """The resource as the service holds it now."""
+    resource = resources.pointing(write.resource, addresses)
+    return Held(write.type, done.id, done.version, {**resource, "id": done.id})
+
+
+def _issue(issue: mapping.Issue) -> store.IssueKey:
+    return (issue.rule, issue.tag, issue.vr, issue.reason)
+
+
+def _uids(dataset: Json) -> tuple[str | None, str | None]:
+    """Series and SOP Instance UID of a data set that could not be mapped, as far as they are UIDs."""
+
+    def uid(tag: str) -> str | None:
+        try:
+            return values.uid(dataset.get(tag)) if isinstance(dataset, dict) else None
+        except values.Invalid:
+            return None
+
+    return uid("0020000E"), uid("00080018")

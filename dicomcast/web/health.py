@@ -1,0 +1,96 @@
+"""`/livez` and `/readyz` of `run`, for probes.
+
+Liveness is the event loop's heartbeat and nothing else: a service that is down is no reason to restart the worker.
+Readiness is red while the worker waits for a service or for the lease, and says why.
+"""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from dicomcast.clock import Clock
+from dicomcast.sync.worker import Worker
+
+_BEAT = 1.0
+_DEAD_AFTER = 60.0
+
+log = structlog.get_logger("dicomcast.web")
+
+
+class Pulse:
+    """The heartbeat of the event loop, and the worker that it carries."""
+
+    def __init__(self, *, clock: Clock):
+        self._clock = clock
+        self._beat = clock.monotonic()
+        self._worker: Worker | None = None
+
+    @asynccontextmanager
+    async def beating(self, worker: Worker) -> AsyncIterator[None]:
+        """Beat while the worker works."""
+        self._worker = worker
+        heart = asyncio.create_task(self._go_on())
+        try:
+            yield
+        finally:
+            heart.cancel()
+
+    async def _go_on(self) -> None:
+        while True:
+            self._beat = self._clock.monotonic()
+            await self._clock.sleep(_BEAT)
+
+    def live(self) -> dict[str, str]:
+        """Empty while the loop runs."""
+        silent = self._clock.monotonic() - self._beat
+        return {"loop": f"silent for {silent:.0f} s"} if silent > _DEAD_AFTER else {}
+
+    def ready(self) -> dict[str, str]:
+        """What keeps the worker from working; empty while it does."""
+        if self._worker is None:
+            return {"worker": "starting"}
+        return self.live() | ({"worker": self._worker.trouble} if self._worker.trouble else {})
+
+
+@contextmanager
+def serving(pulse: Pulse, *, host: str, port: int) -> Iterator[None]:
+    """Serve in a thread of its own. A port that is taken is a warning: nobody's images wait for a probe."""
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as taken:
+        log.warning("no health endpoint", host=host, port=port, reason=taken.strerror)
+        yield
+        return
+    config = uvicorn.Config(_app(pulse), log_config=None, access_log=False, lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="health", daemon=True)
+    thread.start()
+    log.info("health endpoint", host=host, port=listener.getsockname()[1])
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(timeout=2)
+
+
+def _app(pulse: Pulse) -> Starlette:
+    async def livez(_: Request) -> JSONResponse:
+        return _answer(pulse.live())
+
+    async def readyz(_: Request) -> JSONResponse:
+        return _answer(pulse.ready())
+
+    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz)])
+
+
+def _answer(problems: dict[str, str]) -> JSONResponse:
+    return JSONResponse({"status": "error" if problems else "ok", "problems": problems}, 503 if problems else 200)

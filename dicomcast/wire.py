@@ -1,0 +1,220 @@
+"""HTTP to the two services: credentials, timeouts, retry of reads, request counts, and status → error in one place.
+
+| answer | a read | a write |
+|---|---|---|
+| connection refused, unknown host, no free connection | `Unavailable` | `Unavailable`: it was never sent |
+| timeout, reset, cut body, 408, 500, 502, 504 | `Unavailable` | `OutcomeUnknown` |
+| 429, 503 (with `Retry-After`) | `Unavailable` | `Unavailable` |
+| 401, 403 | `Denied` | `Denied` |
+| 409, 412 | `Conflict` | `Conflict` |
+| any other 3xx, 4xx | `Rejected` | `Rejected` |
+
+Reads are tried three times before `Unavailable` is raised; a write is never resent here: what to do about it is
+for those to decide who can look at both services again. httpx logs URLs, and URLs hold PatientIDs: its logger is off.
+"""
+
+import email.utils
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+import httpx
+import orjson
+import tenacity
+
+from dicomcast import errors
+from dicomcast.clock import Clock
+
+Response = httpx.Response
+
+logging.getLogger("httpx").setLevel(logging.CRITICAL)
+logging.getLogger("httpcore").setLevel(logging.CRITICAL)
+
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+_LONGEST_WAIT_HERE = 5.0
+"""Seconds: a service that asks for more than this is a matter for the pipeline's pause."""
+
+
+def credentials(
+    *, username: str | None = None, password: str | None = None, token: str | None = None
+) -> httpx.Auth | None:
+    """Basic, bearer or no authentication."""
+    if token is not None:
+        return _Bearer(token)
+    return httpx.BasicAuth(username, password or "") if username is not None else None
+
+
+class _Bearer(httpx.Auth):
+    def __init__(self, token: str):
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Any:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        yield request
+
+
+class Service:
+    """One remote service. `requests` counts every HTTP request sent, successful or not."""
+
+    def __init__(self, *, name: str, url: str, auth: httpx.Auth | None, timeout: float, clock: Clock):
+        self.name = name
+        self.url = url.rstrip("/")
+        self.requests = 0
+        self._clock = clock
+        self._timeout = timeout
+        self._client = httpx.AsyncClient(
+            auth=auth, timeout=timeout, limits=httpx.Limits(max_connections=128, max_keepalive_connections=32)
+        )
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._client.aclose()
+
+    async def read(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, str | int] | None = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        also: Collection[int] = (),
+    ) -> Response:
+        """Send what may be repeated. Statuses below 300 and those in `also` are returned, others raised.
+
+        Raises `Unavailable`, `Denied`, `Conflict` or `Rejected`.
+        """
+
+        async def once() -> Response:
+            async with self._failures(write=False):
+                response = await self._send(method, path, params=params, headers=headers, content=content)
+            self._check(response, also=also, write=False)
+            return response
+
+        response: Response = await self._retrying()(once)
+        return response
+
+    async def write(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, content: bytes | None = None
+    ) -> Response:
+        """Send once. Raises what `read` raises, and `OutcomeUnknown`.
+
+        The timeout grows with the body: 60 s per MB beside the service's own.
+        """
+        timeout = self._timeout + 60.0 * len(content or b"") / 1e6
+        async with self._failures(write=True):
+            response = await self._send(method, path, headers=headers, content=content, timeout=timeout)
+        self._check(response, also=(), write=True)
+        return response
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, *, headers: Mapping[str, str] | None = None, also: Collection[int] = ()
+    ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
+        """GET whose body is read as it arrives: status and chunks. Raises as `read` does, also in mid-body."""
+
+        async def opened() -> Response:
+            request = self._client.build_request("GET", self._address(path), headers=headers)
+            self.requests += 1
+            async with self._failures(write=False):
+                response = await self._client.send(request, stream=True)
+            if response.status_code >= 300 and response.status_code not in also:
+                await response.aclose()
+                self._check(response, also=also, write=False)
+            return response
+
+        response: Response = await self._retrying()(opened)
+        try:
+            async with self._failures(write=False):
+                yield response.status_code, response.aiter_bytes(65536)
+        finally:
+            await response.aclose()
+
+    def _address(self, path: str) -> str:
+        return path if path.startswith(("http://", "https://")) else f"{self.url}{path}"
+
+    async def _send(self, method: str, path: str, **request: Any) -> Response:
+        self.requests += 1
+        return await self._client.request(method, self._address(path), **request)
+
+    @asynccontextmanager
+    async def _failures(self, *, write: bool) -> AsyncIterator[None]:
+        """Name a failed exchange without its URL: it may hold a PatientID."""
+        try:
+            yield
+        except _NEVER_SENT as failure:
+            raise errors.Unavailable(self.name, f"no connection ({type(failure).__name__})") from None
+        except httpx.TransportError as failure:
+            if write:
+                raise errors.OutcomeUnknown(f"{self.name}: no answer ({type(failure).__name__})") from None
+            raise errors.Unavailable(self.name, f"no answer ({type(failure).__name__})") from None
+        except (httpx.InvalidURL, httpx.DecodingError, httpx.StreamError) as failure:
+            raise errors.Unavailable(self.name, f"unusable answer ({type(failure).__name__})") from None
+
+    def _check(self, response: Response, *, also: Collection[int], write: bool) -> None:
+        if response.status_code >= 300 and response.status_code not in also:
+            raise error_of(
+                self.name,
+                response.status_code,
+                write=write,
+                retry_after=_retry_after(response, now=self._clock.now()),
+                code=_issue_code(response),
+            )
+
+    def _retrying(self) -> tenacity.AsyncRetrying:
+        return tenacity.AsyncRetrying(
+            sleep=self._clock.sleep,
+            stop=tenacity.stop_after_attempt(3),
+            wait=tenacity.wait_exponential_jitter(initial=0.2, max=2.0),
+            retry=tenacity.retry_if_exception(_worth_another_try),
+            reraise=True,
+        )
+
+
+def error_of(
+    service: str, status: int, *, write: bool, retry_after: float | None = None, code: str | None = None
+) -> errors.Error:
+    """What an HTTP status means, by the table above; also for the entries of a batch or transaction."""
+    reason = f"HTTP {status}"
+    if status in (401, 403):
+        return errors.Denied(service, reason)
+    if status in (429, 503):
+        return errors.Unavailable(service, reason, retry_after=retry_after)
+    if status in (408, 500, 502, 504):
+        return errors.OutcomeUnknown(f"{service}: {reason}") if write else errors.Unavailable(service, reason)
+    if status in (409, 412):
+        return errors.Conflict(f"{service}: {reason}")
+    return errors.Rejected(status, code=code)
+
+
+def _worth_another_try(failure: BaseException) -> bool:
+    return (
+        isinstance(failure, errors.Unavailable)
+        and not isinstance(failure, errors.Denied)
+        and (failure.retry_after is None or failure.retry_after <= _LONGEST_WAIT_HERE)
+    )
+
+
+def _retry_after(response: Response, *, now: datetime) -> float | None:
+    """Seconds, from Azure's `x-ms-retry-after-ms` or RFC 9110 10.2.3 (seconds or a date)."""
+    milliseconds = response.headers.get("x-ms-retry-after-ms", "")
+    if milliseconds.isdigit():
+        return int(milliseconds) / 1000
+    value = response.headers.get("retry-after", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (email.utils.parsedate_to_datetime(value) - now).total_seconds())
+    except (TypeError, ValueError):
+        return None
+
+
+def _issue_code(response: Response) -> str | None:
+    """`OperationOutcome.issue[0].code`; never its text, which may quote values."""
+    try:
+        code = orjson.loads(response.content)["issue"][0]["code"]
+    except (orjson.JSONDecodeError, httpx.StreamError, LookupError, TypeError):
+        return None
+    return code if isinstance(code, str) and code.replace("-", "").isalpha() else None

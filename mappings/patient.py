@@ -1,0 +1,39 @@
+"""Patient: who the study is of, as far as DICOM says. The hospital's own records know more and are left alone."""
+
+from dicomcast.mapping import Rule, Slice
+
+_QUALIFIERS = "IssuerOfPatientIDQualifiersSequence"
+
+RULES = (
+    Rule(
+        "patient.identifier",
+        "patient",
+        Slice(
+            "identifier",
+            where={"type.coding.code": "MR"},
+            by="system",
+            default="patient_system",
+            keys=("system", "value"),
+        ),
+        sources=(
+            (
+                "PatientID",
+                "IssuerOfPatientID",
+                f"{_QUALIFIERS} > UniversalEntityID",
+                f"{_QUALIFIERS} > UniversalEntityIDType",
+            ),
+        ),
+        steps=("patient_identifier",),
+        required=True,
+        missing="patient-id-missing",
+    ),
+    Rule(
+        "patient.name",
+        "patient",
+        Slice("name", where={"use": "usual"}, most=3),
+        sources=("PatientName",),
+        steps=("human_names",),
+    ),
+    Rule("patient.gender", "patient", "gender", sources=("PatientSex",), steps=("gender",)),
+    Rule("patient.birth_date", "patient", "birthDate", sources=("PatientBirthDate",)),
+)

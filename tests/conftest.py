@@ -1,0 +1,91 @@
+"""Fixtures for all tests: a clean environment far from UTC, databases, and the services that can be had."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import stack
+
+# No verdict on the speed of a machine; CI tries the same examples every time.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=os.environ.get("CI") == "true")
+hypothesis.settings.load_profile("tests")
+
+FHIR_SERVICES = ["sandbox", "hapi"]
+if os.environ.get("DICOMCAST_TEST_FHIR_URL"):
+    FHIR_SERVICES.append("external")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No setting from outside, an empty working directory, and a local time 5:45 h ahead of UTC."""
+    with monkeypatch.context() as patch:
+        for name in os.environ:
+            if name.upper().startswith("DICOMCAST_") and not name.upper().startswith("DICOMCAST_TEST_"):
+                patch.delenv(name)
+        patch.setenv("TZ", "Asia/Kathmandu")
+        patch.chdir(tmp_path)
+        _read_zone()
+        yield
+    _read_zone()
+
+
+def _read_zone() -> None:
+    if hasattr(time, "tzset"):  # not on Windows
+        time.tzset()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """URL of a PostgreSQL server on which databases may be created."""
+    with stack.postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a fresh, empty database of this test; the test runs once on SQLite and once on PostgreSQL."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'state.db'}"
+    else:
+        with stack.database(request.getfixturevalue("postgres_server")) as url:
+            yield url
+
+
+@pytest.fixture(scope="session")
+def hapi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a HAPI FHIR R4 server. All tests share it: what a test writes carries UIDs of its own."""
+    with stack.hapi(tmp_path_factory.mktemp("hapi")) as url:
+        yield url
+
+
+@pytest.fixture
+def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stack.Orthanc]:
+    """An empty Orthanc of this test that plays the DICOM service, change feed and all."""
+    with stack.orthanc(tmp_path_factory.mktemp("orthanc")) as server:
+        yield server
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Any]:
+    """A running sandbox of this test, with `dicom_url` and `fhir_url`."""
+    from dicomcast import sandbox
+
+    with sandbox.start() as services:
+        yield services
+
+
+@pytest.fixture(params=FHIR_SERVICES)
+def fhir_url(request: pytest.FixtureRequest) -> str:
+    """Base URL of a FHIR R4 service; the test runs once on each that there is.
+
+    HAPI and the external one keep what other tests wrote.
+    """
+    if request.param == "external":
+        return os.environ["DICOMCAST_TEST_FHIR_URL"].rstrip("/")
+    if request.param == "hapi":
+        return str(request.getfixturevalue("hapi"))
+    return str(request.getfixturevalue("sandbox").fhir_url)

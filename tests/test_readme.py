@@ -1,0 +1,45 @@
+"""What the README tells people to type is there: commands that CI runs as they stand, and verbs that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MARKED = re.compile(r"^<!-- command: (\S+) -->\n+```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELLS = {"sh", "bash", "shell", "console"}
+
+
+def commands() -> dict[str, list[str]]:
+    """Lines of the fenced block behind each marker `<!-- command: NAME -->`."""
+    return {name: block.splitlines() for name, block in MARKED.findall(README.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("name", ["demo", "test", "demo-uv", "test-uv"])
+def test_command_is_one_line(name: str) -> None:
+    assert len(commands().get(name, [])) == 1, f"no one-line block behind <!-- command: {name} -->"
+
+
+@pytest.mark.parametrize(("name", "last"), [("demo", "dicomcast demo"), ("test", "pytest")])
+def test_command_needs_only_python(name: str, last: str) -> None:
+    (line,) = commands()[name]
+    assert "python3 -m venv" in line
+    assert re.search(r"\bpip install\b", line)
+    assert last in line.split("&&")[-1]
+
+
+def test_uv_forms_are_what_ci_runs() -> None:
+    assert commands()["demo-uv"] == ["uv run dicomcast demo"]
+    assert commands()["test-uv"] == ["uv run --extra dev pytest -q"]
+
+
+def test_every_verb_in_the_readme_exists() -> None:
+    from dicomcast.cli import app
+
+    blocks = [text for language, text in BLOCK.findall(README.read_text(encoding="utf-8")) if language in SHELLS]
+    named = set(re.findall(r"\bdicomcast ([a-z][a-z-]*)", "\n".join(blocks)))
+    group = typer.main.get_command(app)
+    assert named
+    assert named <= set(getattr(group, "commands", {}))

@@ -1,0 +1,185 @@
+"""Readers of DICOM JSON elements: what they take, what they refuse, and that no refusal repeats a value."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dicomcast.dicom import values
+from dicomcast.dicom.values import DateTime, Json, PersonName, Time
+
+SECRET = "Secret^Value\x01"
+READERS = [
+    values.text,
+    values.uid,
+    values.integer,
+    values.date,
+    values.time,
+    values.date_time,
+    values.offset,
+    values.person_name,
+    values.items,
+    values.codes,
+]
+
+
+def of(*found: Json, vr: str = "LO") -> dict[str, Json]:
+    return {"vr": vr, "Value": list(found)}
+
+
+def reason(reader: values.Reader, element: Json) -> str:
+    with pytest.raises(values.Invalid) as caught:
+        reader(element)
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("element", [None, {}, {"vr": "LO"}, of(), of(None), {"vr": "LO", "Value": None}])
+def test_absent_and_empty_are_none(reader: values.Reader, element: Json) -> None:
+    assert reader(element) is None
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("element", [3, "x", [], {"Value": "x"}, {"Value": {"x": 1}}, of([]), of(True)])
+def test_malformed_elements_are_invalid(reader: values.Reader, element: Json) -> None:
+    assert reason(reader, element)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_no_reason_repeats_the_value(reader: values.Reader) -> None:
+    assert "Secret" not in reason(reader, of(SECRET))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from(READERS), json_values | st.builds(of, json_values))
+def test_readers_raise_nothing_but_invalid(reader: values.Reader, element: Json) -> None:
+    try:
+        reader(element)
+    except values.Invalid as error:
+        assert error.reason
+
+
+def test_text_is_trimmed_and_blank_text_is_absent() -> None:
+    assert values.text(of(" A1 \0")) == "A1"
+    assert values.text(of("  ")) is None
+    assert values.text(of("first", "second")) == "first"
+    assert values.text(of("two\r\nlines")) == "two\r\nlines"
+    assert reason(values.text, of("\x1b$B")) == reason(values.text, of("\ud800"))
+    assert reason(values.text, of(5)) == "not text"
+
+
+@pytest.mark.parametrize("uid", ["1.2.840.10008.1.2", "1." + "2" * 62, "2.25.0"])
+def test_uids(uid: str) -> None:
+    assert values.uid(of(uid)) == uid
+    assert values.uid(of(f"{uid}\0")) == uid
+
+
+@pytest.mark.parametrize("uid", ["1." + "2" * 63, "1..2", ".1", "1.", "1.2a", "1.2 3", "1.٢", "urn:oid:1.2"])
+def test_what_is_no_uid(uid: str) -> None:
+    assert reason(values.uid, of(uid)) == "not a UID"
+    assert not values.is_uid(uid)
+
+
+@pytest.mark.parametrize(("value", "number"), [(3, 3), ("3", 3), (" -12 ", -12), ("+7", 7), (3.0, 3), ("", None)])
+def test_integers(value: Json, number: int | None) -> None:
+    assert values.integer(of(value)) == number
+
+
+@pytest.mark.parametrize("value", [3.5, "3.5", "x", True, "٣", "1" * 13, {}])
+def test_what_is_no_integer(value: Json) -> None:
+    assert reason(values.integer, of(value)) == "not a whole number"
+
+
+def test_dates() -> None:
+    assert values.date(of("20240229")) == "2024-02-29"
+    assert values.date(of("1997.04.15")) == "1997-04-15"
+    for broken in ("2024", "202402", "20230229", "2024-02-29", "00000101", "20240229 1"):
+        assert reason(values.date, of(broken))
+
+
+@pytest.mark.parametrize(
+    ("value", "time"),
+    [
+        ("10", Time(10)),
+        ("1015", Time(10, 15)),
+        ("101530", Time(10, 15, 30)),
+        ("101530.12", Time(10, 15, 30, "12")),
+        ("10:15:30.5", Time(10, 15, 30, "5")),
+        ("235960", Time(23, 59, 60)),
+    ],
+)
+def test_times_keep_their_precision(value: str, time: Time) -> None:
+    assert values.time(of(value)) == time
+
+
+@pytest.mark.parametrize("value", ["24", "1060", "101561", "1", "101530.", "101530.1234567", "noon"])
+def test_what_is_no_time(value: str) -> None:
+    assert reason(values.time, of(value))
+
+
+def test_offsets() -> None:
+    assert values.offset(of("+0530")) == "+05:30"
+    assert values.offset(of("-1200")) == "-12:00"
+    assert values.offset(of("+0000")) == "+00:00"
+    for broken in ("-0000", "+1401", "-1201", "+0060", "0100", "Z"):
+        assert reason(values.offset, of(broken))
+
+
+def test_date_times() -> None:
+    assert values.date_time(of("2024")) == DateTime("2024")
+    assert values.date_time(of("202402")) == DateTime("2024-02")
+    assert values.date_time(of("20240229101530.5+0100")) == DateTime("2024-02-29", Time(10, 15, 30, "5"), "+01:00")
+    for broken in ("2024023", "20240230", "2024022925", "20240229+9999", "now"):
+        assert reason(values.date_time, of(broken))
+
+
+def test_person_names_come_as_object_and_as_text() -> None:
+    name = PersonName("Yamada^Tarou", "山田^太郎", "やまだ^たろう")
+    assert values.person_name(of({"Alphabetic": name[0], "Ideographic": name[1], "Phonetic": name[2]})) == name
+    assert values.person_name(of("=".join(name))) == name  # type: ignore[arg-type]
+    assert values.person_name(of({"Alphabetic": "=".join(name)})) == name  # type: ignore[arg-type]
+    assert values.person_name(of({"Ideographic": "山田^太郎"})) == PersonName(None, "山田^太郎")
+    assert values.person_name(of("=山田^太郎")) == PersonName(None, "山田^太郎")
+
+
+@pytest.mark.parametrize("empty", ["", "^^^^", "==", {"Alphabetic": " ^ "}, {}])
+def test_a_name_without_content_is_none(empty: Json) -> None:
+    assert values.person_name(of(empty)) is None
+
+
+@pytest.mark.parametrize("broken", [{"Alphabetic": "Good", "Phonetic": 5}, "Good=\x01", "Good===more"])
+def test_what_is_right_in_a_name_is_kept(broken: Json) -> None:
+    with pytest.raises(values.Invalid) as caught:
+        values.person_name(of(broken))
+    assert caught.value.kept == PersonName("Good")
+
+
+def test_components() -> None:
+    group = "Adams^John Robert Quincy^^Rev.^B.A. M.Div."
+    assert values.components(group) == ("Adams", "John Robert Quincy", "", "Rev.", "B.A. M.Div.")
+    assert values.components("Only") == ("Only", "", "", "", "")
+    with pytest.raises(values.Invalid) as caught:
+        values.components("a^b^c^d^e^f")
+    assert caught.value.kept == ("a", "b", "c", "d", "e")
+
+
+def test_sequences_and_codes() -> None:
+    item = {"00080100": of("T-04000"), "00080102": of("SRT"), "00080104": of("Breast")}
+    assert values.items(of(item, {}, None)) == [item]
+    assert values.codes(of(item, {"00080102": of("DCM")})) == [values.Code("T-04000", "SRT", None, "Breast")]
+    assert values.codes(of({"00080119": of("long"), "00080103": of("1")})) == [values.Code("long", None, "1", None)]
+
+
+def test_tags_and_readers_come_from_the_dictionary() -> None:
+    assert values.tag_of("StudyInstanceUID") == values.tag_of("0020000D") == "0020000D"
+    assert values.vr_of("00280106") == "US"
+    assert values.reader("00080201") is values.offset
+    with pytest.raises(KeyError):
+        values.tag_of("StudyInstanceUuid")
+    with pytest.raises(KeyError):
+        values.reader("7FE00010")
