@@ -271,6 +271,7 @@ def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
         feed = opened.feed(options.feed_name)
         row = opened.study_row(feed["id"], study_uid) if feed else None
         failures = opened.failures(feed["id"], study_uid=study_uid) if feed else []
+        issues = opened.issues(feed["id"], study_uid=study_uid) if feed else []
     known = row or {}
     outcome = known.get("outcome") or ("failed" if failures else "unknown")
     return {
@@ -278,6 +279,7 @@ def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
         "outcome": outcome,
         **{name: known.get(name) for name in columns},
         "failures": [_public(failure) for failure in failures],
+        "issues": issues,
     }
 
 
@@ -296,6 +298,13 @@ def failures(
 
 def _public(failure: store.Row) -> dict[str, Json]:
     return {name: value for name, value in failure.items() if name not in ("feed_id", "resolution")}
+
+
+def issues(options: settings.Settings) -> list[dict[str, Json]]:
+    """What was left out or guessed, by rule, tag and reason."""
+    with state(options) as opened:
+        feed = opened.feed(options.feed_name)
+        return opened.issues(feed["id"]) if feed else []
 
 
 def upgrade(options: settings.Settings) -> tuple[str | None, str]:

@@ -140,9 +140,12 @@ def status(
     options = _settings(unused=("fhir",))
     if study is not None:
         known = verbs.study_status(options, study)
-        _print(output, known, [{name: value for name, value in known.items() if name != "failures"}], title="Study")
+        flat = {name: value for name, value in known.items() if name not in ("failures", "issues")}
+        _print(output, known, [flat], title="Study")
         if output is Format.TABLE and known["failures"]:
             _print(output, None, known["failures"], title="Failures", columns=_FAILURE_COLUMNS)
+        if output is Format.TABLE and known["issues"]:
+            _print(output, None, known["issues"], title="Issues", columns=tuple(known["issues"][0]))
         return 1 if known["outcome"] == "unknown" else 0
     now = verbs.status(options)
     flat = {
@@ -229,8 +232,13 @@ def sandbox(
 
     stopped: list[int] = []
     ended = threading.Event()
+
+    def stop(received: int, _: object) -> None:
+        stopped.append(received)
+        ended.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: (stopped.append(received), ended.set()))
+        signal.signal(number, stop)
     try:
         running = services.start(host=host, dicom_port=dicom_port, fhir_port=fhir_port, data=data)
     except OSError as taken:

@@ -16,12 +16,12 @@ from zoneinfo import ZoneInfo, available_timezones
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
 )
 
 from dicomcast import errors
@@ -41,7 +41,15 @@ def _seconds(value: object) -> object:
 def _base_url(value: str) -> str:
     if not re.match(r"https?://[^/\s]+", value):
         raise ValueError("must be an http or https address")
+    if "@" in value.split("/")[2]:
+        # It names the feed in the database and stands in Endpoint.address.
+        raise ValueError("must not hold credentials: set username and password, or token")
     return value.rstrip("/")
+
+
+def _listed(value: object) -> object:
+    """Read `"patient, endpoint"`, as it stands in the environment, as a list."""
+    return [one.strip() for one in value.split(",")] if isinstance(value, str) else value
 
 
 def _time_zone(value: str) -> str:
@@ -51,15 +59,15 @@ def _time_zone(value: str) -> str:
 
 
 def _start(value: object) -> object:
-    if value in ("beginning", "now") or isinstance(value, datetime):
+    if value in ("beginning", "now"):
         return value
-    moment = datetime.fromisoformat(str(value))
+    moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
     if moment.tzinfo is None:
         raise ValueError("a start time needs a zone, such as 2026-01-31T00:00:00+01:00")
     return moment
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 BaseUrl = Annotated[str, AfterValidator(_base_url)]
 
 
@@ -147,7 +155,9 @@ class ImagingStudy(_Section):
 class MappingOptions(_Section):
     """What is mapped, and how strictly."""
 
-    modules: tuple[str, ...] = Field(("patient", "endpoint", "imaging_study"), description="mapping modules, in order")
+    modules: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        ("patient", "endpoint", "imaging_study"), description="mapping modules, in order"
+    )
     strict: bool = Field(
         False, description="an invalid optional value fails its instance instead of leaving its element out"
     )
@@ -256,15 +266,12 @@ def load(config: Path | None = None, *, flags: Mapping[str, Any] | None = None, 
     """
     nowhere = {section: {"url": "http://unused.invalid"} for section in unused}
     values, problems = _from_file(config)
-    problems += _unknown_variables()
+    environment = _Environment()
+    problems += [*environment.problems, *_unknown_variables()]
     try:
-        loaded = Settings(**_overlaid(nowhere, values, _Environment(Settings)(), flags or {}))
+        loaded = Settings(**_overlaid(nowhere, values, environment(), flags or {}))
     except pydantic.ValidationError as invalid:
         problems += [_in_words(problem) for problem in invalid.errors(include_input=False, include_url=False)]
-    except SettingsError as unreadable:
-        problems.append(f"environment: {unreadable}")
-    except OSError as unreadable:
-        problems.append(f"{unreadable.filename}: can't be read ({unreadable.strerror}); a *_FILE variable names it")
     if problems:
         raise errors.Misconfigured(problems)
     return loaded
@@ -286,7 +293,8 @@ def options() -> Iterator[tuple[str, str, str]]:
         assert issubclass(model, BaseModel)
         for name, option in model.model_fields.items():
             default = "required" if option.is_required() else option.default
-            yield f"{section}.{name}", "" if default is None else str(default), option.description or ""
+            text = ",".join(default) if isinstance(default, tuple) else str(default)
+            yield f"{section}.{name}", "" if default is None else text, option.description or ""
 
 
 def variable(name: str) -> str:
@@ -297,14 +305,35 @@ def variable(name: str) -> str:
 class _Environment(EnvSettingsSource):
     """The environment, where `NAME_FILE` stands for the content of that file."""
 
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        super().__init__(Settings)
+
     def _load_env_vars(self) -> Mapping[str, str | None]:
         found = dict(super()._load_env_vars())
         known = {variable(name).lower() for name, _, _ in options()}
         for name in list(found):
-            if name.endswith("_file") and name not in known and name.removesuffix("_file") in known:
-                path = found.pop(name)
-                found[name.removesuffix("_file")] = Path(path or "").read_text(encoding="utf-8").strip()
+            plain = name.removesuffix("_file")
+            if plain == name or name in known or plain not in known:
+                continue
+            path = found.pop(name) or ""
+            if plain in found:
+                self.problems.append(f"{name.upper()}: {plain.upper()} is set too; keep one of them")
+                continue
+            try:
+                found[plain] = Path(path).read_text(encoding="utf-8").strip()
+            except OSError as unreadable:
+                self.problems.append(f"{name.upper()}: {path} can't be read ({unreadable.strerror})")
+            except UnicodeDecodeError:
+                self.problems.append(f"{name.upper()}: {path} can't be read (not UTF-8)")
         return found
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """JSON where it is JSON; else the text, for validation to judge beside all other problems."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
 
 
 def _overlaid(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -349,4 +378,5 @@ def _in_words(problem: Any) -> str:
         return f"{inner} is missing: set {variable(inner)}"
     if problem["type"] == "extra_forbidden":
         return f"{name}: no such setting; see the README's table of settings"
-    return f"{name}: {problem['msg'].removeprefix('Value error, ')} (set {variable(name)})"
+    mend = f" (set {variable(name)})" if len(loc) > 1 else ""
+    return f"{name}: {problem['msg'].removeprefix('Value error, ')}{mend}"

@@ -3,7 +3,7 @@
 | answer | a read | a write |
 |---|---|---|
 | connection refused, unknown host, no free connection | `Unavailable` | `Unavailable`: it was never sent |
-| timeout, reset, cut body, 408, 500, 502, 504 | `Unavailable` | `OutcomeUnknown` |
+| timeout, reset, cut body, 408, 500, 502, 504 | `Troubled`, a kind of `Unavailable` | `OutcomeUnknown` |
 | 429, 503 (with `Retry-After`) | `Unavailable` | `Unavailable` |
 | 401, 403 | `Denied` | `Denied` |
 | 409, 412 | `Conflict` | `Conflict` |
@@ -149,7 +149,7 @@ class Service:
         except httpx.TransportError as failure:
             if write:
                 raise errors.OutcomeUnknown(f"{self.name}: no answer ({type(failure).__name__})") from None
-            raise errors.Unavailable(self.name, f"no answer ({type(failure).__name__})") from None
+            raise errors.Troubled(self.name, f"no answer ({type(failure).__name__})") from None
         except (httpx.InvalidURL, httpx.DecodingError, httpx.StreamError) as failure:
             raise errors.Unavailable(self.name, f"unusable answer ({type(failure).__name__})") from None
 
@@ -183,7 +183,7 @@ def error_of(
     if status in (429, 503):
         return errors.Unavailable(service, reason, retry_after=retry_after)
     if status in (408, 500, 502, 504):
-        return errors.OutcomeUnknown(f"{service}: {reason}") if write else errors.Unavailable(service, reason)
+        return errors.OutcomeUnknown(f"{service}: {reason}") if write else errors.Troubled(service, reason)
     if status in (409, 412):
         return errors.Conflict(f"{service}: {reason}")
     return errors.Rejected(status, code=code)

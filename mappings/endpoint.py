@@ -15,10 +15,7 @@ RULES = (
         "endpoint.connection_type",
         "endpoint",
         "connectionType",
-        constant={
-            "system": "http://terminology.hl7.org/CodeSystem/endpoint-connection-type",
-            "code": "dicom-wado-rs",
-        },
+        constant={"system": "http://terminology.hl7.org/CodeSystem/endpoint-connection-type", "code": "dicom-wado-rs"},
     ),
     Rule("endpoint.name", "endpoint", "name", setting="endpoint_name"),
     Rule(
@@ -27,11 +24,9 @@ RULES = (
         "payloadType",
         constant=[
             {
-                "coding": [
-                    {"system": "http://terminology.hl7.org/CodeSystem/endpoint-payload-type", "code": "none"},
-                ],
+                "coding": [{"system": "http://terminology.hl7.org/CodeSystem/endpoint-payload-type", "code": "none"}],
                 "text": "DICOM WADO-RS",
-            },
+            }
         ],
     ),
     Rule("endpoint.payload_mime_type", "endpoint", "payloadMimeType", constant=["application/dicom"]),

@@ -3,37 +3,30 @@
 from dicomcast.mapping import Rule, Slice
 
 _ISSUER = "IssuerOfAccessionNumberSequence"
+_ACCESSION = (
+    "AccessionNumber",
+    f"{_ISSUER} > LocalNamespaceEntityID",
+    f"{_ISSUER} > UniversalEntityID",
+    f"{_ISSUER} > UniversalEntityIDType",
+)
+_KEYS = ("system", "value")
+
+_UID_SLICE = Slice("identifier", where={"system": "urn:dicom:uid"}, keys=_KEYS)
+_ACCESSION_SLICE = Slice(
+    "identifier", where={"type.coding.code": "ACSN"}, by="system", default="accession_system", keys=_KEYS
+)
 
 STUDY = (
     Rule(
         "study.uid",
         "study",
-        Slice("identifier", where={"system": "urn:dicom:uid"}, keys=("system", "value")),
+        _UID_SLICE,
         sources=("StudyInstanceUID",),
         steps=("study_identifier",),
         required=True,
         missing="uid-missing",
     ),
-    Rule(
-        "study.accession",
-        "study",
-        Slice(
-            "identifier",
-            where={"type.coding.code": "ACSN"},
-            by="system",
-            default="accession_system",
-            keys=("system", "value"),
-        ),
-        sources=(
-            (
-                "AccessionNumber",
-                f"{_ISSUER} > LocalNamespaceEntityID",
-                f"{_ISSUER} > UniversalEntityID",
-                f"{_ISSUER} > UniversalEntityIDType",
-            ),
-        ),
-        steps=("accession_identifier",),
-    ),
+    Rule("study.accession", "study", _ACCESSION_SLICE, sources=(_ACCESSION,), steps=("accession_identifier",)),
     Rule("study.source", "study", "meta", setting="dicom_url", steps=("meta_source",), owner="once"),
     Rule("study.status", "study", "status", constant="available"),
     Rule("study.modality", "study", "modality", derive="study_modalities"),
@@ -53,14 +46,7 @@ STUDY = (
 )
 
 SERIES = (
-    Rule(
-        "series.uid",
-        "series",
-        "uid",
-        sources=("SeriesInstanceUID",),
-        required=True,
-        missing="uid-missing",
-    ),
+    Rule("series.uid", "series", "uid", sources=("SeriesInstanceUID",), required=True, missing="uid-missing"),
     Rule("series.number", "series", "number", sources=("SeriesNumber",), steps=("unsigned",)),
     Rule(
         "series.modality",

@@ -4,36 +4,28 @@ from dicomcast.mapping import Rule, Slice
 
 _QUALIFIERS = "IssuerOfPatientIDQualifiersSequence"
 
+_ID = (
+    "PatientID",
+    "IssuerOfPatientID",
+    f"{_QUALIFIERS} > UniversalEntityID",
+    f"{_QUALIFIERS} > UniversalEntityIDType",
+)
+_ID_SLICE = Slice(
+    "identifier", where={"type.coding.code": "MR"}, by="system", default="patient_system", keys=("system", "value")
+)
+_NAME_SLICE = Slice("name", where={"use": "usual"}, most=3)
+
 RULES = (
     Rule(
         "patient.identifier",
         "patient",
-        Slice(
-            "identifier",
-            where={"type.coding.code": "MR"},
-            by="system",
-            default="patient_system",
-            keys=("system", "value"),
-        ),
-        sources=(
-            (
-                "PatientID",
-                "IssuerOfPatientID",
-                f"{_QUALIFIERS} > UniversalEntityID",
-                f"{_QUALIFIERS} > UniversalEntityIDType",
-            ),
-        ),
+        _ID_SLICE,
+        sources=(_ID,),
         steps=("patient_identifier",),
         required=True,
         missing="patient-id-missing",
     ),
-    Rule(
-        "patient.name",
-        "patient",
-        Slice("name", where={"use": "usual"}, most=3),
-        sources=("PatientName",),
-        steps=("human_names",),
-    ),
+    Rule("patient.name", "patient", _NAME_SLICE, sources=("PatientName",), steps=("human_names",)),
     Rule("patient.gender", "patient", "gender", sources=("PatientSex",), steps=("gender",)),
     Rule("patient.birth_date", "patient", "birthDate", sources=("PatientBirthDate",)),
 )

@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "web": {"errors", "clock", "settings", "state", "sync"},
     "sandbox": {"errors", "clock", "dicom.values", "dicom.files", "mapping"},
     "app": BELOW_APP,
-    "demo": {"errors", "clock", "settings", "sandbox", "app"},
+    "demo": {"errors", "clock", "settings", "sandbox", "app", "dicom.files"},
     "cli": BELOW_APP | {"app", "demo"},
     "__main__": {"cli"},
     "mappings": {"mapping"},

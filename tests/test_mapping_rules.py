@@ -14,7 +14,7 @@ import pytest
 
 from dicomcast import errors, mapping
 from dicomcast.dicom import values
-from dicomcast.mapping import validation
+from dicomcast.mapping import Rule, Slice, validation
 
 Json = Any
 SHIPPED = ("patient", "endpoint", "imaging_study")
@@ -70,8 +70,7 @@ def test_started_never_claims_more_than_dicom_says(
     time: str | None, offset: str | None, zone: str | None, started: str
 ) -> None:
     context = dataclasses.replace(CONTEXT, timezone=zone)
-    keywords = {"StudyDate": "20240701", "StudyTime": time, "TimezoneOffsetFromUTC": offset}
-    _, study, issues = mapped(context, **keywords)
+    _, study, issues = mapped(context, StudyDate="20240701", StudyTime=time, TimezoneOffsetFromUTC=offset)
     assert (study["started"], issues) == (started, [])
 
 
@@ -223,7 +222,7 @@ def test_description_is_a_description_and_no_note() -> None:
 
 def test_title_takes_the_first_source_that_has_one() -> None:
     concept = item(CodeMeaning="Report")
-    title = {"ConceptNameCodeSequence": [concept], "DocumentTitle": "Doc", "ContentLabel": "LABEL"}
+    title: Json = {"ConceptNameCodeSequence": [concept], "DocumentTitle": "Doc", "ContentLabel": "LABEL"}
     for expected in ("Report", "Doc", "LABEL"):
         assert mapped(**title)[1]["series"][0]["instance"][0]["title"] == expected
         title.pop(next(iter(title)))
@@ -252,9 +251,6 @@ def problems(names: list[str], context: mapping.Context = CONTEXT) -> tuple[str,
     with pytest.raises(errors.Misconfigured) as caught:
         mapping.load(names, context)
     return caught.value.problems
-
-
-Rule, Slice = mapping.Rule, mapping.Slice
 
 
 @pytest.mark.parametrize(

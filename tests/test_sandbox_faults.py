@@ -36,8 +36,8 @@ def test_status_with_retry_after_meets_only_matching_requests(box: sandbox.Sandb
 
     refused = http.get(f"{box.dicom_url}/v1/changefeed")
 
-    assert (503, "7") == (refused.status_code, refused.headers["retry-after"])
-    assert 200 == http.get(f"{box.dicom_url}/health/check").status_code
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
+    assert http.get(f"{box.dicom_url}/health/check").status_code == 200
 
 
 def test_status_without_retry_after_has_no_such_header(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -49,14 +49,14 @@ def test_status_without_retry_after_has_no_such_header(box: sandbox.Sandbox, htt
 def test_rule_ends_after_its_times(box: sandbox.Sandbox, http: httpx.Client) -> None:
     add(http, box.dicom_url, status=500, times=2)
 
-    assert [500, 500, 204] == [http.get(f"{box.dicom_url}/v1/changefeed/latest").status_code for _ in range(3)]
+    assert [http.get(f"{box.dicom_url}/v1/changefeed/latest").status_code for _ in range(3)] == [500, 500, 204]
 
 
 def test_every_nth_after_the_first_so_many(box: sandbox.Sandbox, http: httpx.Client) -> None:
     add(http, box.dicom_url, status=500, skip=1, every=2)
 
     seen = [http.get(f"{box.dicom_url}/v1/changefeed/latest").status_code for _ in range(5)]
-    assert [204, 500, 204, 500, 204] == seen
+    assert seen == [204, 500, 204, 500, 204]
 
 
 def test_connection_dropped_before_the_effect_leaves_nothing(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -64,7 +64,7 @@ def test_connection_dropped_before_the_effect_leaves_nothing(box: sandbox.Sandbo
 
     with pytest.raises(httpx.TransportError):
         http.put(f"{box.fhir_url}/Patient/p1", json={"resourceType": "Patient", "id": "p1"})
-    assert 404 == http.get(f"{box.fhir_url}/Patient/p1").status_code
+    assert http.get(f"{box.fhir_url}/Patient/p1").status_code == 404
 
 
 def test_connection_dropped_after_the_effect_leaves_it(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -72,15 +72,15 @@ def test_connection_dropped_after_the_effect_leaves_it(box: sandbox.Sandbox, htt
 
     with pytest.raises(httpx.TransportError):
         http.put(f"{box.fhir_url}/Patient/p1", json={"resourceType": "Patient", "id": "p1"})
-    assert 200 == http.get(f"{box.fhir_url}/Patient/p1").status_code
+    assert http.get(f"{box.fhir_url}/Patient/p1").status_code == 200
 
 
 def test_status_after_the_effect_hides_a_write_that_happened(box: sandbox.Sandbox, http: httpx.Client) -> None:
     add(http, box.fhir_url, method="PUT", status=500, when="after", times=1)
 
     answer = http.put(f"{box.fhir_url}/Patient/p1", json={"resourceType": "Patient", "id": "p1"})
-    assert 500 == answer.status_code
-    assert 200 == http.get(f"{box.fhir_url}/Patient/p1").status_code
+    assert answer.status_code == 500
+    assert http.get(f"{box.fhir_url}/Patient/p1").status_code == 200
 
 
 def test_truncated_body_ends_in_the_middle(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -93,7 +93,7 @@ def test_truncated_body_ends_in_the_middle(box: sandbox.Sandbox, http: httpx.Cli
 def test_latency_alone_still_answers(box: sandbox.Sandbox, http: httpx.Client) -> None:
     add(http, box.dicom_url, latency=0.01)
 
-    assert 204 == http.get(f"{box.dicom_url}/v1/changefeed/latest").status_code
+    assert http.get(f"{box.dicom_url}/v1/changefeed/latest").status_code == 204
 
 
 def test_broken_entry_keeps_its_sequence_and_its_neighbours(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -102,8 +102,8 @@ def test_broken_entry_keeps_its_sequence_and_its_neighbours(box: sandbox.Sandbox
 
     page = http.get(f"{box.dicom_url}/v1/changefeed").json()
 
-    assert [1, 2, 3] == [entry["sequence"] for entry in page]
-    assert [False, True, False] == ["sopInstanceUid" not in entry for entry in page]
+    assert [entry["sequence"] for entry in page] == [1, 2, 3]
+    assert ["sopInstanceUid" not in entry for entry in page] == [False, True, False]
 
 
 def test_unknown_action_changes_only_the_action(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -112,7 +112,7 @@ def test_unknown_action_changes_only_the_action(box: sandbox.Sandbox, http: http
 
     page = http.get(f"{box.dicom_url}/v1/changefeed").json()
 
-    assert ["Create", "Create", "Archive"] == [entry["action"] for entry in page]
+    assert [entry["action"] for entry in page] == ["Create", "Create", "Archive"]
     assert "00080018" in page[2]["metadata"]
 
 
@@ -123,7 +123,7 @@ def test_garbage_makes_only_pages_with_that_entry_unreadable(box: sandbox.Sandbo
     def page(offset: int) -> httpx.Response:
         return http.get(f"{box.dicom_url}/v1/changefeed", params={"offset": offset, "limit": 1})
 
-    assert [1, 3] == [page(at).json()[0]["sequence"] for at in (0, 2)]
+    assert [page(at).json()[0]["sequence"] for at in (0, 2)] == [1, 3]
     with pytest.raises(ValueError):
         page(1).json()
     with pytest.raises(ValueError):
@@ -132,10 +132,10 @@ def test_garbage_makes_only_pages_with_that_entry_unreadable(box: sandbox.Sandbo
 
 def test_rules_can_be_given_at_the_start_and_cleared(http: httpx.Client) -> None:
     with sandbox.start(dicom_faults=[faults.Rule(status=503)], fhir_faults=[faults.Rule(status=502)]) as box:
-        assert 503 == http.get(f"{box.dicom_url}/v1/changefeed").status_code
-        assert 502 == http.get(f"{box.fhir_url}/metadata").status_code
-        assert [] == http.delete(f"{box.dicom_url}/sandbox/faults").json()
-        assert 200 == http.get(f"{box.dicom_url}/v1/changefeed").status_code
+        assert http.get(f"{box.dicom_url}/v1/changefeed").status_code == 503
+        assert http.get(f"{box.fhir_url}/metadata").status_code == 502
+        assert http.delete(f"{box.dicom_url}/sandbox/faults").json() == []
+        assert http.get(f"{box.dicom_url}/v1/changefeed").status_code == 200
 
 
 def test_rules_are_shown_with_their_counts(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -144,7 +144,7 @@ def test_rules_are_shown_with_their_counts(box: sandbox.Sandbox, http: httpx.Cli
         http.get(f"{box.dicom_url}/v1/changefeed")
 
     (rule,) = http.get(f"{box.dicom_url}/sandbox/faults").json()
-    assert (3, 1) == (rule["seen"], rule["fired"])
+    assert (rule["seen"], rule["fired"]) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_rules_are_shown_with_their_counts(box: sandbox.Sandbox, http: httpx.Cli
      {"status": "500"}, {"latency": "1"}, {"status": 500, "times": "2"}, {"entry": "odd"}],
 )  # fmt: skip
 def test_rule_that_means_nothing_is_refused(box: sandbox.Sandbox, http: httpx.Client, rule: object) -> None:
-    assert 400 == http.post(f"{box.dicom_url}/sandbox/faults", json=rule).status_code
-    assert [] == http.get(f"{box.dicom_url}/sandbox/faults").json()
+    assert http.post(f"{box.dicom_url}/sandbox/faults", json=rule).status_code == 400
+    assert http.get(f"{box.dicom_url}/sandbox/faults").json() == []
 
 
 def test_requests_are_logged_each_once_and_control_never(box: sandbox.Sandbox, http: httpx.Client) -> None:
@@ -166,19 +166,19 @@ def test_requests_are_logged_each_once_and_control_never(box: sandbox.Sandbox, h
 
     log = http.get(f"{box.dicom_url}/sandbox/requests").json()
 
-    assert [
+    assert log == [
         {"method": "GET", "path": "/v1/changefeed", "query": "limit=5", "status": 200},
         {"method": "GET", "path": "/v2/studies", "query": "", "status": None},
-    ] == log
+    ]
     http.delete(f"{box.dicom_url}/sandbox/requests")
-    assert [] == http.get(f"{box.dicom_url}/sandbox/requests").json()
+    assert http.get(f"{box.dicom_url}/sandbox/requests").json() == []
 
 
 def test_control_answers_at_the_root_and_under_the_fhir_base(box: sandbox.Sandbox, http: httpx.Client) -> None:
     root = box.fhir_url.removesuffix("/fhir")
 
-    assert 200 == http.get(f"{root}/sandbox/requests").status_code
-    assert 200 == http.get(f"{box.fhir_url}/sandbox/requests").status_code
+    assert http.get(f"{root}/sandbox/requests").status_code == 200
+    assert http.get(f"{box.fhir_url}/sandbox/requests").status_code == 200
 
 
 def test_a_port_that_is_taken_is_named(box: sandbox.Sandbox) -> None:

@@ -1,5 +1,7 @@
 """Readers of DICOM JSON elements: what they take, what they refuse, and that no refusal repeats a value."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,10 +60,8 @@ json_values = st.recursive(
 
 @given(st.sampled_from(READERS), json_values | st.builds(of, json_values))
 def test_readers_raise_nothing_but_invalid(reader: values.Reader, element: Json) -> None:
-    try:
+    with contextlib.suppress(values.Invalid):
         reader(element)
-    except values.Invalid as error:
-        assert error.reason
 
 
 def test_text_is_trimmed_and_blank_text_is_absent() -> None:
@@ -178,6 +178,8 @@ def test_sequences_and_codes() -> None:
 def test_tags_and_readers_come_from_the_dictionary() -> None:
     assert values.tag_of("StudyInstanceUID") == values.tag_of("0020000D") == "0020000D"
     assert values.vr_of("00280106") == "US"
+    assert values.label_of("00100020") == "PatientID (0010,0020)"
+    assert values.label_of("00091001") == "(0009,1001)"
     assert values.reader("00080201") is values.offset
     with pytest.raises(KeyError):
         values.tag_of("StudyInstanceUuid")

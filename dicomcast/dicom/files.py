@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pydicom
-from pydicom import charset, datadict, dataelem, errors
+from pydicom import charset, datadict, dataelem
 from pydicom import tag as tags
 
 Json = Any  # a JSON value
@@ -54,15 +54,7 @@ def read(source: Path | bytes) -> pydicom.Dataset:
     try:
         with quiet():
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-    except (
-        errors.InvalidDicomError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        struct.error,
-        NotImplementedError,
-    ) as error:
+    except Exception as error:  # a broken file makes pydicom stumble over whatever it meets
         raise ValueError(f"not a DICOM file: {type(error).__name__}") from error
     # Without a preamble pydicom reads any bytes at all; a data set has UIDs or at least something of group 0008.
     if data[128:132] != b"DICM" and not any(tag.group == 0x0008 for tag in dataset.keys()):  # noqa: SIM118
@@ -87,7 +79,8 @@ def _object(
     raw_charset = _bytes_of(dataset, 0x00080005)
     if raw_charset:
         names = raw_charset.decode("ascii", "replace").rstrip(" \0").split("\\")
-        encodings = charset.convert_encodings([name.strip() for name in names])
+        with contextlib.suppress(ValueError, LookupError):  # an unknown character set leaves the outer one in force
+            encodings = charset.convert_encodings([name.strip() for name in names])
     representation = _bytes_of(dataset, 0x00280103)
     if representation:
         signed = any(representation)
@@ -95,8 +88,8 @@ def _object(
     for tag in sorted(dataset.keys()):
         if tag.group == 0x0002 or tag.element == 0:
             continue
-        item = dataset.get_item(tag)
-        vr = _vr(dataset, item, signed)
+        item = _item(dataset, tag)
+        vr = _vr(dataset, item, signed) if item else "UN"
         if vr in _BULK or not (vr in _TEXT or vr in _BINARY or vr in {"AT", "SQ"}):
             continue
         name = f"{int(tag):08X}"
@@ -118,15 +111,22 @@ def _object(
 
 def _bytes_of(dataset: pydicom.Dataset, tag: int) -> bytes | None:
     """The bytes of an element, also of one that was set from Python."""
-    if tag not in dataset:
-        return None
-    item = dataset.get_item(tag)
-    value = item.value
+    item = _item(dataset, tag) if tag in dataset else None
+    value = item.value if item else None
     if isinstance(value, bytes) or value is None:
         return value
     if isinstance(value, int):
         return bytes([value & 0xFF])
-    return "\\".join([value] if isinstance(value, str) else [str(part) for part in value]).encode()
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return "\\".join(str(part) for part in (value if several else [value])).encode()
+
+
+def _item(dataset: pydicom.Dataset, tag: Any) -> Any:
+    """An element as read, or as set from Python; None where pydicom can't even name it."""
+    try:
+        return dataset.get_item(tag)
+    except Exception:  # an element cut off by the end of the file is converted at once, and may fail in any way
+        return None
 
 
 def _vr(dataset: pydicom.Dataset, item: Any, signed: bool | None) -> str:

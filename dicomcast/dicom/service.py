@@ -55,6 +55,14 @@ class DicomService:
         latest = await self.latest()
         return latest.sequence if latest else 0
 
+    async def answers(self) -> bool:
+        """Probe: whether the service is well just now, or only one read is not."""
+        try:
+            await self.latest()
+        except errors.Unavailable:
+            return False
+        return True
+
     async def page(self, after: int, *, width: int = PAGE, metadata: bool = True) -> list[feed.Entry]:
         """Entries of the sequences `after + 1` to `after + width`, ascending.
 
@@ -68,8 +76,8 @@ class DicomService:
         }
         try:
             response = await self._read("/v1/changefeed", params=params, headers=_FEED)
-        except errors.Unavailable as failure:
-            if not metadata or failure.reason != "HTTP 500":
+        except errors.Troubled:
+            if not metadata:
                 raise
             return await self.page(after, width=width, metadata=False)
         try:
@@ -87,15 +95,20 @@ class DicomService:
     async def study(self, study_uid: str) -> AsyncIterator[feed.Json]:
         """Metadata of every instance of a study (DICOM JSON objects, in no order), as it arrives.
 
-        Raises `LookupError` where the service answers 404, before the first instance.
+        Raises `LookupError` where the service answers 404, before the first instance, and `StudyFailed` where it
+        refuses to say (406 and the like).
         """
         path = f"{self._root}/studies/{study_uid}/metadata"
-        async with self._service.stream(path, headers=_DICOM_JSON, also={404}) as (status, chunks):
-            if status == 404:
-                raise LookupError(study_uid)
-            if status != 204:
-                async for instance in json_array(chunks):
-                    yield instance
+        try:
+            async with self._service.stream(path, headers=_DICOM_JSON, also={404}) as (status, chunks):
+                if status == 404:
+                    raise LookupError(study_uid)
+                if status != 204:
+                    async for instance in json_array(chunks):
+                        yield instance
+        except errors.Rejected as refused:
+            message = f"the DICOM service refuses the study's metadata: {refused}"
+            raise errors.StudyFailed("metadata-refused", message, stage="read") from None
 
     async def lists(self, study_uid: str) -> bool:
         """Whether QIDO-RS finds the study: the second witness of a study that is gone."""

@@ -85,6 +85,11 @@ def vr_of(tag: str) -> str:
     return datadict.dictionary_VR(int(tag, 16)).split(" or ")[0]
 
 
+def label_of(tag: str) -> str:
+    """A tag for people: `PatientID (0010,0020)`."""
+    return f"{datadict.keyword_for_tag(int(tag, 16))} ({tag[:4]},{tag[4:]})".strip()
+
+
 def _values(element: Json) -> list[Json]:
     if element is None:
         return []

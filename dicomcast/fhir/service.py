@@ -73,7 +73,7 @@ class FhirService:
         """Probe: whether the service is well just now, or only one write is not."""
         try:
             await self._statement()
-        except errors.Unavailable:
+        except (errors.Unavailable, errors.Incompatible):
             return False
         return True
 

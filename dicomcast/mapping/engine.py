@@ -118,21 +118,17 @@ class Readings:
     def _shared(self, level: str, dataset: dict[str, Json], uid: str | None) -> tuple[Values, tuple[Issue, ...]]:
         """The values of a level that instances share; at once where this data set says what the last one said."""
         try:
-            raw = orjson.dumps([dataset.get(tag) for tag in self._tags[level]])
+            raw = orjson.dumps({tag: dataset[tag] for tag in self._tags[level] if tag in dataset})
         except TypeError:  # JSON that orjson does not write: huge integers, lone surrogates, endless nesting
             raw = b""
         last = self._last.get(level)
-        if last is not None and raw and last[0] == raw:
+        if last is not None and last[0] == raw:
             return last[1], last[2]
         issues: list[Issue] = []
         items = self._items(level, dataset, issues)
-        if uid is None:
-            (identifier, *_) = items[PATIENT]  # it is required
-            about: str | tuple[str | None, str] = (identifier.get("system"), identifier["value"])
-        else:
-            about = uid
-        found = self._interned(level, about, items)
-        self._last[level] = (raw, found, tuple(issues))
+        found = self._interned(level, uid or _who(items), items)
+        if raw and b"null" not in raw:  # which is also what NaN looks like
+            self._last[level] = (raw, found, tuple(issues))
         return found, tuple(issues)
 
     def _interned(self, level: str, about: str | tuple[str | None, str], items: dict[str, Json]) -> Values:
@@ -169,8 +165,16 @@ def _uid(dataset: dict[str, Json], level: str) -> str:
     try:
         uid = values.uid(dataset.get(tag))
     except values.Invalid as error:
-        _fail("uid-invalid", f"{tag}: {error.reason}", rule=f"{level}.uid", tag=tag)
-    return uid or _fail("uid-missing", f"{tag}: missing", rule=f"{level}.uid", tag=tag)
+        _fail("uid-invalid", f"{values.label_of(tag)}: {error.reason}", rule=f"{level}.uid", tag=tag)
+    return uid or _fail("uid-missing", f"{values.label_of(tag)}: missing", rule=f"{level}.uid", tag=tag)
+
+
+def _who(items: Mapping[str, Json]) -> tuple[str | None, str]:
+    """Identifier system (or None) and PatientID."""
+    for identifier in items.get(PATIENT) or ():
+        if isinstance(identifier, dict) and isinstance(identifier.get("value"), str):
+            return identifier.get("system"), identifier["value"]
+    _fail("value-invalid", "the rule gives no identifier with a value", rule=PATIENT)
 
 
 class _Origin(NamedTuple):
@@ -271,7 +275,7 @@ def _absence(rule: Rule, context: Context) -> Callable[[list[Issue], bool], None
     def absent(issues: list[Issue], invalid: bool) -> None:
         if not stands_in:
             kind, reason = ("value-invalid", issues[-1].reason) if invalid else (rule.missing, "missing")
-            _fail(kind, f"{tag}: {reason}", rule=rule.id, tag=tag)
+            _fail(kind, f"{values.label_of(tag)}: {reason}", rule=rule.id, tag=tag)
         if not invalid:
             issues.append(Issue(rule.id, tag, vr, "missing, the default stands in"))
 

@@ -74,6 +74,10 @@ def _of_origin(rule: Rule) -> Iterator[str]:
     origins = (rule.sources or None, rule.constant, rule.setting, rule.derive, rule.link)
     if sum(origin is not None for origin in origins) != 1:
         yield "needs exactly one of sources, constant, setting, derive, link"
+    try:
+        orjson.dumps(rule.constant)
+    except TypeError:
+        yield "constant is not JSON"
     for source in rule.sources:
         for path in (source,) if isinstance(source, str) else source:
             yield from _of_path(rules.path_of(path))
@@ -148,15 +152,14 @@ class Mapping:
 
     def study(self, instances: Iterable[Instance], *, subject: Json, endpoint: Json) -> Built:
         """The ImagingStudy of a complete set of instances, with these references. Raises `errors.StudyFailed`."""
-        return study.whole(self._layout, self.context, instances, {"subject": subject, "endpoint": endpoint})
+        return study.build(self._layout, self.context, None, instances, {"subject": subject, "endpoint": endpoint})
 
     def extend(self, base: Json, instances: Iterable[Instance], *, subject: Json, endpoint: Json) -> Built:
         """An ImagingStudy that we wrote and instances that are not in it: what `study` gives for all, and the foreign.
 
         Raises `errors.Disagreement` where only the whole study can tell, `errors.StudyFailed` as `study` does.
         """
-        links = {"subject": subject, "endpoint": endpoint}
-        return study.extended(self._layout, self.context, base, instances, links)
+        return study.build(self._layout, self.context, base, instances, {"subject": subject, "endpoint": endpoint})
 
     def patient(self, instances: Iterable[Instance]) -> Built:
         """The Patient of a study's instances, at least one. Raises `errors.StudyFailed`."""
@@ -213,7 +216,8 @@ def _digest(table: Iterable[Rule], context: Context) -> str:
     settings["issuers"] = dict(context.issuers)
     named = [step for rule in table for step in (*rule.steps, rule.derive, rule.default)]
     custom = [_source(step) for step in named if step is not None and not isinstance(step, str)]
-    content = [REVISION, [rule.row() for rule in table], settings, custom, sorted(map(list, tables.modalities().values()))]
+    terms = sorted(map(list, tables.modalities().values()))
+    content = [REVISION, [rule.row() for rule in table], settings, custom, terms]
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -179,4 +179,6 @@ def path_of(source: str) -> list[str]:
 
 def name_of(step: str | Step) -> str:
     """How a step is shown and hashed: its registered name, or module and qualified name of a function."""
-    return step if isinstance(step, str) else f"{step.__module__}:{step.__qualname__}"
+    if isinstance(step, str):
+        return step
+    return f"{step.__module__}:{getattr(step, '__qualname__', type(step).__qualname__)}"

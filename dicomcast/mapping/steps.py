@@ -189,26 +189,11 @@ def count_instances(part: Json, _context: Context) -> Json:
     return len(part.get("instance", ())) + sum(len(series.get("instance", ())) for series in part.get("series", ()))
 
 
-STEPS: dict[str, Step] = {
-    step.__name__: step
-    for step in (
-        study_identifier,
-        patient_identifier,
-        accession_identifier,
-        human_names,
-        gender,
-        modality,
-        unknown_modality,
-        sop_class,
-        unsigned,
-        started,
-        endpoint_identifier,
-        meta_source,
-        study_modalities,
-        count_series,
-        count_instances,
-    )
-}
+_ALL: tuple[Step, ...] = (
+    study_identifier, patient_identifier, accession_identifier, human_names, gender, modality, unknown_modality,
+    sop_class, unsigned, started, endpoint_identifier, meta_source, study_modalities, count_series, count_instances,
+)  # fmt: skip
+STEPS = {step.__name__: step for step in _ALL}
 
 
 def resolve(step: str | Step) -> Step:

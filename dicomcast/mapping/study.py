@@ -41,13 +41,8 @@ class _Verdict(NamedTuple):
     agreed: bool
 
 
-def whole(layout: Layout, context: Context, instances: Iterable[Instance], links: Links) -> Built:
-    """The ImagingStudy that exactly these instances make."""
-    return _Build(layout, context, links).study(None, _distinct(instances))
-
-
-def extended(layout: Layout, context: Context, base: Json, instances: Iterable[Instance], links: Links) -> Built:
-    """`base`, which we wrote, and new instances; what others added to it stays. Raises `errors.Disagreement`."""
+def build(layout: Layout, context: Context, base: Json, instances: Iterable[Instance], links: Links) -> Built:
+    """The ImagingStudy of these instances alone, or, with `base`, of those in it and these."""
     return _Build(layout, context, links).study(base, _distinct(instances))
 
 

@@ -23,39 +23,54 @@ _HOST = "127.0.0.1"
 class Sandbox:
     """Both services while they run. `dicom_url` has no version segment; `fhir_url` is the FHIR base."""
 
-    def __init__(self, dicom_socket: socket.socket, fhir_socket: socket.socket, apps: Sequence[ASGIApp]):
-        self.dicom_url = f"http://{_HOST}:{dicom_socket.getsockname()[1]}"
-        self.fhir_url = f"http://{_HOST}:{fhir_socket.getsockname()[1]}/fhir"
-        self._sockets = (dicom_socket, fhir_socket)
+    def __init__(self, sockets: Sequence[socket.socket], apps: Sequence[ASGIApp], resources: contextlib.ExitStack):
+        dicom_port, fhir_port = (sock.getsockname()[1] for sock in sockets)
+        self.dicom_url = f"http://{_HOST}:{dicom_port}"
+        self.fhir_url = f"http://{_HOST}:{fhir_port}/fhir"
+        self._sockets = sockets
+        self._resources = resources  # sockets and databases, closed after the thread
         self._servers = [uvicorn.Server(_config(app)) for app in apps]
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="sandbox", daemon=True)
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        up = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(up,), name="sandbox", daemon=True)
         self._thread.start()
-        self._up.wait()
+        up.wait()
+        if not all(server.started for server in self._servers):
+            self.close()
+            raise RuntimeError("the sandbox did not start")
 
-    async def _serve(self) -> None:
-        tasks = [
-            asyncio.create_task(server.serve(sockets=[sock]))
-            for server, sock in zip(self._servers, self._sockets, strict=True)
-        ]
-        # uvicorn tells that it is up by a flag only.
-        while not all(server.started for server in self._servers) and not any(task.done() for task in tasks):  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
-        self._up.set()
-        await asyncio.gather(*tasks)
+    def _run(self, up: threading.Event) -> None:
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve(up))
+        finally:
+            up.set()
+
+    async def _serve(self, up: threading.Event) -> None:
+        """What uvicorn's own `serve` does, but stopping at once and not at the next of its ticks."""
+        for server, sock in zip(self._servers, self._sockets, strict=True):
+            server.config.load()
+            server.lifespan = server.config.lifespan_class(server.config)
+            await server.startup(sockets=[sock])
+        ticks = [asyncio.create_task(server.main_loop()) for server in self._servers]
+        up.set()
+        await self._stop.wait()
         for server in self._servers:
+            for listener in server.servers:
+                listener.close()
             for connection in list(server.server_state.connections):
                 connection.transport.abort()
-        await asyncio.sleep(0)
+        for tick in ticks:
+            tick.cancel()
+        await asyncio.gather(*ticks, return_exceptions=True)
 
     def close(self) -> None:
         """Stop both services; open requests are cut off. May be called twice."""
-        for server in self._servers:
-            server.should_exit = True
-            server.force_exit = True
-        self._thread.join()
-        for sock in self._sockets:
-            sock.close()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
+        self._resources.close()
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -84,13 +99,13 @@ def start(
     dicom_options = dicom_options or dicom.Options()
     with contextlib.ExitStack() as undo:
         sockets = [undo.enter_context(_listening(port)) for port in (dicom_port, fhir_port)]
-        store = archive.Archive(data, now=dicom_options.now)
+        store = undo.enter_context(contextlib.closing(archive.Archive(data, now=dicom_options.now)))
+        resources = undo.enter_context(contextlib.closing(fhir.database(data)))
         apps = (
             faults.Faults(dicom.app(store, dicom_options), dicom_faults),
-            faults.Faults(fhir.app(data, fhir_options), fhir_faults),
+            faults.Faults(fhir.app(resources, fhir_options), fhir_faults),
         )
-        undo.pop_all()
-    return Sandbox(sockets[0], sockets[1], apps)
+        return Sandbox(sockets, apps, undo.pop_all())
 
 
 def _listening(port: int) -> socket.socket:
@@ -118,5 +133,4 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         log_level="critical",
         access_log=False,
         proxy_headers=False,
-        timeout_graceful_shutdown=0,
     )

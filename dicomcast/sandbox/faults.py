@@ -193,8 +193,9 @@ async def _end(rule: Rule, scope: Scope, receive: Receive, send: Send) -> None:
         await _hang_up(receive, flush=False)
         return
     headers = {"retry-after": rule.retry_after} if rule.retry_after is not None else None
-    # The body is read first: an answer to a half-read upload would show as a broken pipe instead of a status.
-    await Request(scope, receive).body() if rule.when == "before" else None
+    if rule.when == "before":
+        # An answer to a half-read upload would show as a broken pipe instead of a status.
+        await Request(scope, receive).body()
     await PlainTextResponse(rule.body, rule.status or 500, headers)(scope, receive, send)
 
 

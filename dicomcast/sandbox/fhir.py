@@ -97,9 +97,20 @@ class _Outcome:
     updated: str | None = None
 
 
-def app(folder: Path | None, options: Options | None = None) -> Starlette:
-    """The ASGI app; `folder` holds the database, None keeps all in memory."""
-    service = _Service(folder, options or Options())
+def database(folder: Path | None) -> sqlite3.Connection:
+    """The service's database in a folder; None keeps all in memory."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    place = ":memory:" if folder is None else folder / "fhir.sqlite"
+    connection = sqlite3.connect(place, check_same_thread=False, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF;" + _SCHEMA)
+    return connection
+
+
+def app(connection: sqlite3.Connection, options: Options | None = None) -> Starlette:
+    """The ASGI app over a database."""
+    service = _Service(connection, options or Options())
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH"]
     paths = ("/fhir", "/fhir/{path:path}")
     return Starlette(routes=[Route(path, service.answer, methods=methods) for path in paths])
@@ -108,15 +119,9 @@ def app(folder: Path | None, options: Options | None = None) -> Starlette:
 class _Service:
     """The interactions, over one database."""
 
-    def __init__(self, folder: Path | None, options: Options):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, connection: sqlite3.Connection, options: Options):
         self.options = options
-        self._db = sqlite3.connect(
-            ":memory:" if folder is None else folder / "fhir.sqlite", check_same_thread=False, isolation_level=None
-        )
-        self._db.row_factory = sqlite3.Row
-        self._db.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF;" + _SCHEMA)
+        self._db = connection
         self._searches: OrderedDict[str, tuple[str, list[str], int]] = OrderedDict()
         self._touched: list[tuple[str, str]] | None = None
         self._base = ""
@@ -149,7 +154,7 @@ class _Service:
         if path.endswith("_search") and request.method == "POST":
             if media != "application/x-www-form-urlencoded":
                 raise resources.Invalid("not-supported", "_search takes a form", status=415)
-            query = [*query, *urllib.parse.parse_qsl(body.decode(), keep_blank_values=True)]
+            query = [*query, *urllib.parse.parse_qsl(body.decode(errors="replace"), keep_blank_values=True)]
         elif request.method in ("POST", "PUT"):
             if media not in _MEDIA:
                 raise resources.Invalid("not-supported", "the body must be application/fhir+json", status=415)
@@ -214,7 +219,8 @@ class _Service:
     def _system(self, what: _Interaction) -> _Outcome:
         query = dict(what.query)
         if what.method == "GET" and "_getpages" in query:
-            return _Outcome(200, orjson.dumps(self._page(query["_getpages"], int(query.get("_offset", "0")))))
+            offset = query.get("_offset", "0")
+            return _Outcome(200, orjson.dumps(self._page(query["_getpages"], int(offset) if offset.isdecimal() else 0)))
         if what.method == "POST":
             return _Outcome(200, orjson.dumps(self._bundle(what.resource)))
         raise resources.Invalid("not-supported", "nothing is supported here but bundles", status=405)
@@ -441,6 +447,8 @@ class _Service:
         bundle = self._page(search, 0)
         address = f"{self._base}/{kind}?{urllib.parse.urlencode(query)}" if query else f"{self._base}/{kind}"
         bundle["link"] = [{"relation": "self", "url": address}, *bundle["link"][1:]]
+        if len(bundle["link"]) == 1:
+            del self._searches[search]
         return bundle
 
     def _page(self, search: str, offset: int) -> dict[str, Json]:
@@ -473,6 +481,8 @@ class _Service:
         if kind not in ("batch", "transaction") or not getattr(self.options, kind):
             raise resources.Invalid("not-supported", "no bundle of a supported type", status=400)
         entries = bundle.get("entry") or []
+        if not isinstance(entries, list):
+            raise resources.Invalid("structure", "Bundle.entry is an array", status=400)
         if len(entries) > self.options.entry_limit:
             raise resources.Invalid("too-costly", f"more than {self.options.entry_limit} entries", status=400)
         if kind == "transaction":

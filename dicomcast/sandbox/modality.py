@@ -69,7 +69,10 @@ class Modality:
         self._client.close()
 
     def send(self, sources: Iterable[Source]) -> list[Result]:
-        """STOW in requests of at most `batch_bytes` (one instance may be larger); one result per instance."""
+        """STOW in requests of at most `batch_bytes` (one instance may be larger); one result per instance.
+
+        Of each request the stored instances come first; httpx.HTTPStatusError where a request fails as a whole.
+        """
         return [result for batch in self._batches(sources) for result in self._stow(batch)]
 
     def _batches(self, sources: Iterable[Source]) -> Iterator[list[bytes]]:
@@ -123,8 +126,9 @@ class Modality:
         RuntimeError when it fails, TimeoutError when it takes longer than `patience` seconds.
         """
         dataset = pydicom.Dataset()
-        for keyword, value in change.items():
-            setattr(dataset, keyword, value)
+        with files.quiet():
+            for keyword, value in change.items():
+                setattr(dataset, keyword, value)
         body = {"studyInstanceUids": list(studies), "changeDataset": files.metadata(dataset)}
         headers = {"Content-Type": "application/json"}
         answer = self._client.post(f"{self._url}/studies/$bulkUpdate", content=orjson.dumps(body), headers=headers)
@@ -156,12 +160,11 @@ def _bytes(source: Source) -> bytes:
 def encoded(dataset: pydicom.Dataset) -> bytes:
     """The DICOM file of a data set, explicit VR little endian unless it says otherwise."""
     buffer = io.BytesIO()
-    syntax = getattr(dataset, "file_meta", None) and dataset.file_meta.get("TransferSyntaxUID")
     with files.quiet():
-        if syntax:
-            dataset.save_as(buffer, enforce_file_format=True)
-        else:
-            dataset.save_as(buffer, enforce_file_format=True, implicit_vr=False, little_endian=True)
+        dataset.ensure_file_meta()
+        if not dataset.file_meta.get("TransferSyntaxUID"):
+            dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+        dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 

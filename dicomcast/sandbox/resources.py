@@ -96,7 +96,7 @@ def _model(kind: str) -> Any:
 
     try:
         return get_fhir_model_class(kind)
-    except (KeyError, LookupError):
+    except ValueError:
         return None
 
 

@@ -115,7 +115,6 @@ class Effects:
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
 
-
     def follow(self, later: "Effects") -> None:
         """Add what came after, where these could not be committed."""
         self.studies |= later.studies
@@ -427,6 +426,17 @@ class Store:
             return [
                 dict(row._mapping) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))
             ]
+
+    def issues(self, feed_id: int, *, study_uid: str | None = None) -> list[Row]:
+        """Issues by rule, tag, VR and reason, with the number of instances that have them."""
+        table = tables.issue
+        columns = (table.c.rule, table.c.tag, table.c.vr, table.c.reason)
+        chosen = [table.c.feed_id == feed_id]
+        if study_uid:
+            chosen.append(table.c.study_instance_uid == study_uid)
+        query = sa.select(*columns, sa.func.sum(table.c.count).label("instances")).where(*chosen)
+        with self._transaction() as connection:
+            return [dict(row._mapping) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
 
     # Inside ---------------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,7 @@ class Worker:
         self._options = options
         self._dicom = dicom
         self._fhir = fhir
+        self._answers = {"dicom": dicom.answers, "fhir": fhir.answers}
         self._rules = rules
         self._clock = clock
         self._owner = owner
@@ -348,14 +349,14 @@ class Worker:
                     else:
                         settled = await self._roads.fold(change)
                     break
-                except errors.Unavailable as failure:
-                    await self._pause(failure)
-                except (errors.Replan, errors.Rejected, errors.StudyFailed) as failure:
+                except (errors.Replan, errors.Rejected, errors.StudyFailed, errors.Troubled) as failure:
                     parked = await self._parked(change, tries, failure)
                     if parked is not None:
                         settled = parked
                         break
-                    exact = True
+                    exact = exact or not isinstance(failure, errors.Troubled)
+                except errors.Unavailable as failure:
+                    await self._pause(failure)
             log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
             self.ledger.settle(uid, change.sequences, settled)
         del self._lanes[uid]
@@ -364,7 +365,9 @@ class Worker:
     async def _parked(self, change: StudyChange, tries: _Tries, failure: errors.Error) -> Settled | None:
         """What an attempt's failure makes of the study: parked, or None to look at both services and try again."""
         if isinstance(failure, errors.StudyFailed):
-            return await self._failed(change, failure, heals=failure.kind in ("patient-unknown", "ambiguous"))
+            return await self._failed(change, failure, heals=failure.kind != "invalid")
+        if isinstance(failure, errors.Troubled):
+            return await self._troubled(change, tries, failure, answers=self._answers[failure.service])
         self._roads.forget(change.study_uid)
         refused = not isinstance(failure, errors.OutcomeUnknown)
         self._links.forget(change.patient_key, refused=refused)
@@ -374,7 +377,7 @@ class Worker:
                 message = f"the FHIR service refuses the study's resources: {failure}"
                 return await self._failed(change, errors.StudyFailed("rejected", message, stage="write"))
         elif isinstance(failure, errors.OutcomeUnknown):
-            return await self._troubled(change, tries, failure)
+            return await self._troubled(change, tries, failure, answers=self._fhir.answers)
         elif isinstance(failure, errors.Conflict):
             tries.conflicts += 1
             if tries.conflicts == _CONFLICTS:
@@ -383,16 +386,20 @@ class Worker:
             await self._clock.sleep(random.uniform(0.05, 0.5) * tries.conflicts)  # noqa: S311 - jitter
         return None
 
-    async def _troubled(self, change: StudyChange, tries: _Tries, failure: errors.OutcomeUnknown) -> Settled | None:
-        """A write without a clear answer: the service's trouble if a probe fails too, else in the end the study's."""
-        if not await self._fhir.answers():
-            await self._pause(errors.Unavailable("fhir", str(failure)))
+    async def _troubled(
+        self, change: StudyChange, tries: _Tries, failure: errors.Error, *, answers: Callable[[], Awaitable[bool]]
+    ) -> Settled | None:
+        """A request without a clear answer: the service's trouble if a probe fails too, else in the end the study's."""
+        if not await answers():
+            await self._pause(
+                failure if isinstance(failure, errors.Troubled) else errors.Troubled("fhir", str(failure))
+            )
             return None
         now = self._clock.monotonic()
         tries.trouble_since = tries.trouble_since or now
         tries.troubles += 1
         if tries.troubles >= _TROUBLES and now - tries.trouble_since >= _TROUBLE_LASTS:
-            message = f"{tries.troubles} writes of this study alone failed: {failure}"
+            message = f"{tries.troubles} requests for this study alone failed: {failure}"
             return await self._failed(change, errors.StudyFailed("server-error", message, stage="write"))
         await self._clock.sleep(min(_LONGEST_PAUSE, 2.0**tries.troubles))
         return None
