@@ -233,14 +233,9 @@ def status(options: settings.Settings) -> dict[str, Json]:
     with state(options) as opened:
         feed = opened.feed(options.feed_name)
         if feed is None:
+            nothing = dict.fromkeys(("watermark", "latest", "lag_entries", "lag_seconds", "trouble"))
             return {
-                "feed": {
-                    "url": options.dicom.url,
-                    "watermark": None,
-                    "latest": None,
-                    "lag_entries": None,
-                    "lag_seconds": None,
-                },
+                "feed": {"url": options.dicom.url, **nothing},
                 "studies": {},
                 "failures": {"open": 0, "by_kind": {}},
                 "lease": {"owner": None, "until": None, "held": False},
@@ -257,6 +252,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
             "latest": feed["latest"],
             "lag_entries": behind,
             "lag_seconds": round((now - since).total_seconds(), 1) if behind and since else 0,
+            "trouble": feed["trouble"],
         },
         "studies": studies,
         "failures": {"open": sum(failures.values()), "by_kind": failures},

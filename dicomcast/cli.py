@@ -17,7 +17,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import orjson
 import rich
 import rich.progress
@@ -31,7 +30,14 @@ from dicomcast import errors, settings
 
 Json = Any
 
+
+def _exit(code: int | None, **_: object) -> None:
+    """What a verb returns is its exit code."""
+    raise typer.Exit(code or 0)
+
+
 app = typer.Typer(
+    result_callback=_exit,
     help="Keeps a FHIR R4 service in step with a DICOM service.",
     no_args_is_help=True,
     add_completion=False,
@@ -59,12 +65,7 @@ _config: Path | None = None
 def main() -> None:
     """Run a verb; turn every expected error into a message and its exit code."""
     try:
-        code = app(standalone_mode=False)
-    except click.ClickException as usage:
-        usage.show()
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
-        code = 128 + signal.SIGINT
+        app()
     except errors.Misconfigured as wrong:
         _say("The configuration is not usable:", *(f"  {problem}" for problem in wrong.problems))
         code = 2
@@ -80,7 +81,7 @@ def main() -> None:
     except errors.LeaseLost as lost:
         _say(f"{lost}. Nothing was skipped.")
         code = 4
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)

@@ -15,6 +15,7 @@ for those to decide who can look at both services again. httpx logs URLs, and UR
 
 import email.utils
 import logging
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -146,12 +147,13 @@ class Service:
             yield
         except _NEVER_SENT as failure:
             raise errors.Unavailable(self.name, f"no connection ({type(failure).__name__})") from None
-        except httpx.TransportError as failure:
+        except (httpx.TransportError, httpx.DecodingError, httpx.StreamError) as failure:
+            reason = f"no usable answer ({type(failure).__name__})"
             if write:
-                raise errors.OutcomeUnknown(f"{self.name}: no answer ({type(failure).__name__})") from None
-            raise errors.Troubled(self.name, f"no answer ({type(failure).__name__})") from None
-        except (httpx.InvalidURL, httpx.DecodingError, httpx.StreamError) as failure:
-            raise errors.Unavailable(self.name, f"unusable answer ({type(failure).__name__})") from None
+                raise errors.OutcomeUnknown(f"{self.name}: {reason}") from None
+            raise errors.Troubled(self.name, reason) from None
+        except httpx.InvalidURL:
+            raise errors.Unavailable(self.name, "an unusable address") from None
 
     def _check(self, response: Response, *, also: Collection[int], write: bool) -> None:
         if response.status_code >= 300 and response.status_code not in also:
@@ -167,7 +169,7 @@ class Service:
         return tenacity.AsyncRetrying(
             sleep=self._clock.sleep,
             stop=tenacity.stop_after_attempt(3),
-            wait=tenacity.wait_exponential_jitter(initial=0.2, max=2.0),
+            wait=_pause,
             retry=tenacity.retry_if_exception(_worth_another_try),
             reraise=True,
         )
@@ -197,13 +199,23 @@ def _worth_another_try(failure: BaseException) -> bool:
     )
 
 
+_BACKOFF = tenacity.wait_exponential(multiplier=0.2, max=2.0) + tenacity.wait_random(0.0, 1.0)
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next try: ours, or what the service asks for if that is longer."""
+    failure = state.outcome.exception() if state.outcome else None
+    asked = failure.retry_after if isinstance(failure, errors.Unavailable) else None
+    return max(_BACKOFF(state), asked or 0.0)
+
+
 def _retry_after(response: Response, *, now: datetime) -> float | None:
     """Seconds, from Azure's `x-ms-retry-after-ms` or RFC 9110 10.2.3 (seconds or a date)."""
     milliseconds = response.headers.get("x-ms-retry-after-ms", "")
-    if milliseconds.isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", milliseconds):
         return int(milliseconds) / 1000
     value = response.headers.get("retry-after", "").strip()
-    if value.isdigit():
+    if re.fullmatch(r"[0-9]{1,9}", value):
         return float(value)
     try:
         return max(0.0, (email.utils.parsedate_to_datetime(value) - now).total_seconds())

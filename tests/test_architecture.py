@@ -104,6 +104,16 @@ def test_module_has_a_purpose_and_a_name_of_the_field(module: Path) -> None:
     assert not EMPTY_NAMES & set(module.relative_to(ROOT).with_suffix("").parts)
 
 
-def test_core_can_be_read_in_a_day() -> None:
+def code_lines(source: str) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            documented |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for at, line in lines if at not in documented)
+
+
+def test_core_can_be_read_in_an_afternoon() -> None:
     core = [module for module in MODULES if room(module) != "sandbox"]
-    assert sum(len(module.read_text(encoding="utf-8").splitlines()) for module in core) <= CORE_LINES
+    assert sum(code_lines(module.read_text(encoding="utf-8")) for module in core) <= CORE_LINES

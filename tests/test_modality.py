@@ -51,6 +51,7 @@ def test_instances_are_spread_over_the_series_with_distinct_uids() -> None:
     assert sorted(collections.Counter(one.SeriesInstanceUID for one in study).values(), reverse=True) == [4, 3, 3]
     assert len({one.SOPInstanceUID for one in study}) == 10
     assert {1, 2, 3} == {int(one.SeriesNumber) for one in study}
+    assert [int(one.InstanceNumber) for one in study if one.SeriesNumber == 1] == [1, 2, 3, 4]
 
 
 def test_synthetic_study_has_what_a_mapping_needs() -> None:

@@ -38,6 +38,7 @@ def test_status_with_retry_after_meets_only_matching_requests(box: sandbox.Sandb
 
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
     assert http.get(f"{box.dicom_url}/health/check").status_code == 200
+    assert http.delete(f"{box.dicom_url}/v1/changefeed").status_code == 405
 
 
 def test_status_without_retry_after_has_no_such_header(box: sandbox.Sandbox, http: httpx.Client) -> None:

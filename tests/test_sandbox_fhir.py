@@ -472,7 +472,8 @@ def test_transaction_deletes_before_it_creates(http: httpx.Client) -> None:
     )
 
     assert statuses(answer) == ["200", "201", "204"]
-    assert answer.json()["entry"][0]["resource"]["total"] == 1
+    (match,) = answer.json()["entry"][0]["resource"]["entry"]
+    assert match["resource"]["id"] == answer.json()["entry"][1]["resource"]["id"]
     assert "old" not in found(http, "/Patient")
 
 

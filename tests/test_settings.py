@@ -38,21 +38,21 @@ def test_flag_over_environment_over_file_over_default(monkeypatch: pytest.Monkey
 
     sync = settings.load(flags={"sync": {"parallel": 1}}).sync
 
-    assert (1, 2.0, 300, 20.0) == (sync.parallel, sync.patience, sync.buffer, sync.lease)
+    assert (sync.parallel, sync.patience, sync.buffer, sync.lease) == (1, 2.0, 300, 20.0)
 
 
 def test_names_in_the_environment_are_read_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("dicomcast_web__port", "9")
 
-    assert 9 == settings.load().web.port
+    assert settings.load().web.port == 9
 
 
 def test_dicomcast_toml_is_read_from_the_working_directory_only_if_it_is_there() -> None:
-    assert 8080 == settings.load().web.port
+    assert settings.load().web.port == 8080
 
     write("[web]\nport = 9\n")
 
-    assert 9 == settings.load().web.port
+    assert settings.load().web.port == 9
 
 
 def test_config_argument_is_read_instead_of_the_named_and_the_usual_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +60,13 @@ def test_config_argument_is_read_instead_of_the_named_and_the_usual_file(monkeyp
     monkeypatch.setenv("DICOMCAST_CONFIG", str(write("[web]\nport = 2\n", "environment.toml")))
     argument = write("[web]\nport = 3\n", "argument.toml")
 
-    assert (2, 3) == (settings.load().web.port, settings.load(argument).web.port)
+    assert (settings.load().web.port, settings.load(argument).web.port) == (2, 3)
 
 
 def test_named_file_that_is_not_there_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICOMCAST_CONFIG", "nowhere.toml")
 
-    assert ("nowhere.toml: can't be read (No such file or directory)",) == problems()
+    assert problems() == ("nowhere.toml: can't be read (No such file or directory)",)
 
 
 def test_file_that_is_no_toml_is_a_problem() -> None:
@@ -80,7 +80,7 @@ def test_file_and_environment_fill_one_section_together(monkeypatch: pytest.Monk
     write("[dicom]\nurl = 'http://file.test'\n")
     monkeypatch.setenv("DICOMCAST_DICOM__PARTITION", "clinic-1")
 
-    assert "http://file.test/v1/partitions/clinic-1" == settings.load().dicom_root
+    assert settings.load().dicom_root == "http://file.test/v1/partitions/clinic-1"
 
 
 # Secrets
@@ -92,7 +92,7 @@ def test_secret_is_read_from_the_file_that_a_variable_names(monkeypatch: pytest.
     token = settings.load().fhir.token
 
     assert token is not None
-    assert SECRET == token.get_secret_value()
+    assert token.get_secret_value() == SECRET
 
 
 def test_secret_file_that_cannot_be_read_names_its_variable_beside_other_problems(
@@ -111,14 +111,14 @@ def test_secret_file_that_is_no_text_is_a_problem(monkeypatch: pytest.MonkeyPatc
     Path("token").write_bytes(b"\xff\xfe\x00")
     monkeypatch.setenv("DICOMCAST_FHIR__TOKEN_FILE", "token")
 
-    assert ("DICOMCAST_FHIR__TOKEN_FILE: token can't be read (not UTF-8)",) == problems()
+    assert problems() == ("DICOMCAST_FHIR__TOKEN_FILE: token can't be read (not UTF-8)",)
 
 
 def test_secret_given_both_ways_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICOMCAST_FHIR__TOKEN", "one")
     monkeypatch.setenv("DICOMCAST_FHIR__TOKEN_FILE", str(write("other", "token")))
 
-    assert ("DICOMCAST_FHIR__TOKEN_FILE: DICOMCAST_FHIR__TOKEN is set too; keep one of them",) == problems()
+    assert problems() == ("DICOMCAST_FHIR__TOKEN_FILE: DICOMCAST_FHIR__TOKEN is set too; keep one of them",)
 
 
 @pytest.mark.parametrize(
@@ -181,13 +181,13 @@ def test_required_option_is_named_where_its_section_has_others(monkeypatch: pyte
     monkeypatch.delenv("DICOMCAST_DICOM__URL")
     monkeypatch.setenv("DICOMCAST_DICOM__POLL", "1")
 
-    assert ("dicom.url is missing: set DICOMCAST_DICOM__URL",) == problems()
+    assert problems() == ("dicom.url is missing: set DICOMCAST_DICOM__URL",)
 
 
 def test_problem_of_a_whole_section_names_no_variable_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICOMCAST_FHIR__USERNAME", "worker")
 
-    assert ("fhir: username and password go together",) == problems()
+    assert problems() == ("fhir: username and password go together",)
 
 
 def test_section_that_is_no_table_is_a_problem() -> None:
@@ -238,7 +238,7 @@ def test_duration_may_be_a_number_in_the_file() -> None:
 
     sync = settings.load().sync
 
-    assert (7.0, 1.5) == (sync.patience, sync.lease)
+    assert (sync.patience, sync.lease) == (7.0, 1.5)
 
 
 @pytest.mark.parametrize("text", ["-1", "15 minutes", "1d", "", "nan", "inf"])
@@ -253,7 +253,7 @@ def test_duration_that_is_none_is_a_problem(monkeypatch: pytest.MonkeyPatch, tex
 def test_address_ends_without_a_slash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DICOMCAST_FHIR__URL", "http://fhir.test/r4/")
 
-    assert "http://fhir.test/r4" == settings.load().fhir.url
+    assert settings.load().fhir.url == "http://fhir.test/r4"
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_feed_starts_at_no_time_without_a_zone(text: str) -> None:
 def test_mapping_modules_in_the_environment_are_a_list(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("DICOMCAST_MAPPING__MODULES", text)
 
-    assert ("patient", "imaging_study") == settings.load().mapping.modules
+    assert settings.load().mapping.modules == ("patient", "imaging_study")
 
 
 def test_table_in_the_environment_that_is_no_json_is_one_of_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,15 +293,15 @@ def test_table_in_the_environment_that_is_no_json_is_one_of_the_problems(monkeyp
 
     found = problems()
 
-    assert ["DICOMCAST_MAPPING__ISSUERS", "DICOMCAST_WEB__PORT"] == sorted(
+    assert sorted(
         one.rpartition("set ")[2].rstrip(")") for one in found
-    )
+    ) == ["DICOMCAST_MAPPING__ISSUERS", "DICOMCAST_WEB__PORT"]
 
 
 def test_issuers_are_a_table() -> None:
     write("[mapping.issuers]\nHOSPITAL = 'urn:hospital'\n")
 
-    assert {"HOSPITAL": "urn:hospital"} == settings.load().mapping.issuers
+    assert settings.load().mapping.issuers == {"HOSPITAL": "urn:hospital"}
 
 
 def test_feed_is_named_by_the_service_unless_it_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,8 +309,8 @@ def test_feed_is_named_by_the_service_unless_it_has_a_name(monkeypatch: pytest.M
     unnamed = settings.load()
     monkeypatch.setenv("DICOMCAST_DICOM__FEED", "archive")
 
-    assert "http://dicom.test/partitions/clinic-1" == unnamed.feed_name
-    assert "archive" == settings.load().feed_name
+    assert unnamed.feed_name == "http://dicom.test/partitions/clinic-1"
+    assert settings.load().feed_name == "archive"
 
 
 # Documentation
@@ -320,18 +320,18 @@ def test_every_setting_has_help_and_a_variable_that_sets_it(monkeypatch: pytest.
     options = list(settings.options())
 
     assert {"dicom.url", "fhir.token", "patient.system", "sync.lease", "web.port"} <= {name for name, _, _ in options}
-    assert [] == [name for name, _, explanation in options if not explanation]
-    assert "DICOMCAST_IMAGING_STUDY__END" == settings.variable("imaging_study.end")
+    assert [name for name, _, explanation in options if not explanation] == []
+    assert settings.variable("imaging_study.end") == "DICOMCAST_IMAGING_STUDY__END"
     for name, _, _ in options:
         monkeypatch.setenv(settings.variable(name), "\N{SNOWMAN}")
     unknown = [one for one in problems() if "no such setting" in one]
-    assert [] == unknown
+    assert unknown == []
 
 
 def test_defaults_are_listed_as_they_would_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = {name: default for name, default, _ in settings.options()}
 
-    assert ("required", "", "30.0") == (defaults["dicom.url"], defaults["fhir.token"], defaults["sync.patience"])
+    assert (defaults["dicom.url"], defaults["fhir.token"], defaults["sync.patience"]) == ("required", "", "30.0")
     for name, default in defaults.items():
         if default not in ("required", ""):
             monkeypatch.setenv(settings.variable(name), default)

@@ -48,8 +48,13 @@ class DicomService:
 
     async def before(self, moment: datetime) -> int:
         """The sequence before the first entry recorded at `moment` or later; only v2 can say."""
-        params: dict[str, str | int] = {"startTime": moment.isoformat(), "limit": 1, "includeMetadata": "false"}
-        entries = _entries(orjson.loads((await self._read("/v2/changefeed", params=params, headers=_FEED)).content))
+        # Times and sequences may disagree by what was committed side by side: the lowest of a page, not the first.
+        params: dict[str, str | int] = {"startTime": moment.isoformat(), "limit": 200, "includeMetadata": "false"}
+        response = await self._read("/v2/changefeed", params=params, headers=_FEED)
+        try:
+            entries = _entries(orjson.loads(response.content))
+        except ValueError:
+            raise errors.Unavailable("dicom", "a change feed page can't be read") from None
         if entries:
             return entries[0].sequence - 1
         latest = await self.latest()
@@ -80,9 +85,12 @@ class DicomService:
             if not metadata:
                 raise
             return await self.page(after, width=width, metadata=False)
+        content = response.content.strip()
+        if content and not content.startswith(b"["):
+            # A gateway's page or a message of the service: an outage, and no fault of any entry.
+            raise errors.Unavailable("dicom", "a change feed page is not a list")
         try:
-            raw = orjson.loads(response.content) if response.content.strip() else []
-            return _entries(raw, alone=after + 1 if width == 1 else None)
+            return _entries(orjson.loads(content or b"[]"), alone=after + 1 if width == 1 else None)
         except ValueError:
             if width == 1:
                 failed = errors.InstanceFailed("malformed-entry", "the entry is not JSON", stage="read")
@@ -143,25 +151,31 @@ _BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.
 async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
     """Items of a JSON array of objects one by one, with no more than one of them and a chunk in memory.
 
-    Raises `Unavailable` where the body is cut or is something else.
+    Raises `Unavailable` where the body is cut or is something else: an empty answer would say that a study is gone.
     """
-    pending, depth, begin, scanned, opened = bytearray(), 0, 0, 0, False
+    pending, depth, begin, scanned, text_from, ended = bytearray(), 0, 0, 0, 0, False
     async for chunk in chunks:
         pending += chunk
         while bracket := _BRACKET.match(pending, scanned):
             scanned = bracket.end()
+            if depth < 2:
+                between = bytes(pending[text_from : scanned - 1]).strip()
+                opens = bracket[1] == b"[" if depth == 0 else bracket[1] == b"{" or bracket[1] == b"]"
+                if ended or not opens or between not in ((b"",) if depth == 0 else (b"", b",")):
+                    raise errors.Unavailable("dicom", "a metadata answer is not a JSON array of objects")
             if bracket[1] in b"[{":
                 depth += 1
-                opened = True
                 begin = scanned - 1 if depth == 2 else begin
             else:
                 depth -= 1
+                ended = depth == 0
                 if depth == 1:
                     yield _object(pending[begin:scanned])
-        cut = begin if depth >= 2 else scanned
+            text_from = scanned
+        cut = begin if depth >= 2 else text_from
         del pending[:cut]
-        begin, scanned = 0, scanned - cut
-    if not opened or depth != 0 or pending.strip():
+        begin, scanned, text_from = 0, scanned - cut, text_from - cut
+    if not ended or pending.strip():
         raise errors.Unavailable("dicom", "a metadata answer was cut short or is not JSON")
 
 

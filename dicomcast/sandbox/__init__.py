@@ -17,16 +17,14 @@ from starlette.types import ASGIApp
 
 from dicomcast.sandbox import archive, dicom, faults, fhir
 
-_HOST = "127.0.0.1"
-
 
 class Sandbox:
     """Both services while they run. `dicom_url` has no version segment; `fhir_url` is the FHIR base."""
 
     def __init__(self, sockets: Sequence[socket.socket], apps: Sequence[ASGIApp], resources: contextlib.ExitStack):
-        dicom_port, fhir_port = (sock.getsockname()[1] for sock in sockets)
-        self.dicom_url = f"http://{_HOST}:{dicom_port}"
-        self.fhir_url = f"http://{_HOST}:{fhir_port}/fhir"
+        dicom, fhir = ("{}:{}".format(*sock.getsockname()) for sock in sockets)
+        self.dicom_url = f"http://{dicom}"
+        self.fhir_url = f"http://{fhir}/fhir"
         self._sockets = sockets
         self._resources = resources  # sockets and databases, closed after the thread
         self._servers = [uvicorn.Server(_config(app)) for app in apps]
@@ -83,6 +81,7 @@ class Sandbox:
 
 def start(
     *,
+    host: str = "127.0.0.1",
     dicom_port: int = 0,
     fhir_port: int = 0,
     data: Path | None = None,
@@ -91,14 +90,14 @@ def start(
     dicom_faults: Sequence[faults.Rule] = (),
     fhir_faults: Sequence[faults.Rule] = (),
 ) -> Sandbox:
-    """Run both services in one background thread on 127.0.0.1; returns when they answer.
+    """Run both services in one background thread on `host`; returns when they answer.
 
     Port 0 takes a free one; OSError names a port that is taken. `data` is a folder to keep everything in; None keeps
     it in memory. Use it as a context manager, or call `close()`.
     """
     dicom_options = dicom_options or dicom.Options()
     with contextlib.ExitStack() as undo:
-        sockets = [undo.enter_context(_listening(port)) for port in (dicom_port, fhir_port)]
+        sockets = [undo.enter_context(_listening(host, port)) for port in (dicom_port, fhir_port)]
         store = undo.enter_context(contextlib.closing(archive.Archive(data, now=dicom_options.now)))
         resources = undo.enter_context(contextlib.closing(fhir.database(data)))
         apps = (
@@ -108,17 +107,17 @@ def start(
         return Sandbox(sockets, apps, undo.pop_all())
 
 
-def _listening(port: int) -> socket.socket:
+def _listening(host: str, port: int) -> socket.socket:
     # asyncio turns Nagle's algorithm off only where the protocol is named: 40 ms a request otherwise.
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((_HOST, port))
+        sock.bind((host, port))
         sock.listen(512)
     except OSError as error:
         sock.close()
         what = "is taken" if error.errno == errno.EADDRINUSE else f"can't be used: {error.strerror}"
-        raise OSError(error.errno, f"port {port} of {_HOST} {what}") from error
+        raise OSError(error.errno, f"port {port} of {host} {what}") from error
     return sock
 
 

@@ -267,10 +267,10 @@ class Store:
 
     # What the worker commits ----------------------------------------------------------------------------------------
 
-    def commit(self, lease: Lease, position: Position, effects: Effects, *, current: bool) -> int:
+    def commit(self, lease: Lease, position: Position, effects: Effects, *, trouble: str | None = None) -> int:
         """Write effects and position in one transaction; the number of failures that this opened.
 
-        `current`: nothing newer was to be had. Raises `LeaseLost`.
+        `trouble`: what the worker waits for. Raises `LeaseLost`.
         """
         now = self._clock.now()
         with self._transaction() as connection:
@@ -279,10 +279,13 @@ class Store:
                 "watermark": position.watermark,
                 "latest": position.latest,
                 "seen_at": now,
+                "trouble": trouble,
             }
             mark = position.mark or (None, None, None)
             values |= dict(zip(("mark_study_uid", "mark_sop_uid", "mark_timestamp"), mark, strict=True))
-            self._fenced(connection, lease, **values, **({"current_at": now} if current else {}))
+            self._fenced(
+                connection, lease, **values, **({"current_at": now} if position.watermark >= position.latest else {})
+            )
             feed_id = lease.feed_id
             self._upsert(connection, tables.study, feed_id, effects.studies.values())
             self._upsert(connection, tables.patient, feed_id, effects.patients.values())

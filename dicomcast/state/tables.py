@@ -60,7 +60,7 @@ feed = Table(
     Column("token", BigInteger, nullable=False, comment="fencing token: grows with every change of lease owner"),
     Column("lease_owner", String(128)),
     Column("lease_until", Instant),
-    Column("last_error", Text),
+    Column("trouble", Text, comment="what the worker waits for; absent: nothing"),
 )
 
 gap = Table(

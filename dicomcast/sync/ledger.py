@@ -50,6 +50,8 @@ class Ledger:
         self.entries = 0
         self.opened = 0
         self.failed = 0
+        self.trouble: str | None = None
+        self._noted: tuple[int, str | None] = (-1, None)
         self.outcomes: dict[str, Outcome] = {}
 
     @property
@@ -68,7 +70,7 @@ class Ledger:
     def dirty(self) -> bool:
         """Whether there is anything to commit."""
         moved = self.position is not None and self.position.watermark != self.watermark.low
-        return moved or self._effects != store.Effects()
+        return moved or self._noted != (self.latest, self.trouble) or self._effects != store.Effects()
 
     # The lease ------------------------------------------------------------------------------------------------------
 
@@ -155,6 +157,10 @@ class Ledger:
                 return effects.patients[fhir_id]
         return await asyncio.to_thread(self._store.patient, self.lease, fhir_id)
 
+    def beat(self) -> None:
+        """At the head: commit even if nothing has happened, so that `status` can tell idle from dead."""
+        self._noted = (-1, None)
+
     async def due(self) -> list[str]:
         """Studies with a failure whose next retry has come."""
         return await asyncio.to_thread(self._store.due, self.lease)
@@ -200,9 +206,11 @@ class Ledger:
             position = store.Position(self.position.first, low, self.latest, mark)
             self._writing, self._effects = self._effects, store.Effects()
             try:
+                noted = (self.latest, self.trouble)
                 self.opened += await asyncio.to_thread(
-                    self._store.commit, self.lease, position, self._writing, current=low >= self.latest
+                    self._store.commit, self.lease, position, self._writing, trouble=self.trouble
                 )
+                self._noted = noted
             except errors.Unavailable:
                 self._writing.follow(self._effects)
                 self._effects = self._writing

@@ -65,11 +65,12 @@ class Links:
     async def resolve(self, key: PatientKey | None, *, study_uid: str | None = None) -> Held | None:
         """Look up, in one batch, whatever of Patient, Endpoint and study is not known; the study, if it is there."""
         queries: list[Query] = []
+        wants_patient, wants_endpoint = self._unknown(key), self._endpoint is None
         if study_uid is not None:
             queries.append(by_identifier("ImagingStudy", "urn:dicom:uid", f"urn:oid:{study_uid}"))
-        if key is not None and self._policy != "identifier-only" and key not in self._patients:
+        if key is not None and wants_patient:
             queries.append(by_identifier("Patient", *key))
-        if self._endpoint is None:
+        if wants_endpoint:
             identifier = self._rules.endpoint()["identifier"][0]
             queries.append(by_identifier("Endpoint", identifier["system"], identifier["value"]))
             connection = self._rules.endpoint()["connectionType"]
@@ -79,13 +80,18 @@ class Links:
             return None
         hits = iter(await self._fhir.search(queries))
         study = _one(next(hits), "urn:dicom:uid", f"urn:oid:{study_uid}") if study_uid is not None else None
-        if any(query.type == "Patient" for query in queries) and key is not None:
+        if key is not None and wants_patient:
             found = _one(next(hits), *key)
             if found is not None:
                 self._remember(key, await self._surviving(found))
-        if self._endpoint is None:
+        if wants_endpoint:
             self._endpoint = self._our_endpoint(next(hits), next(hits))
+        if (self._endpoint is None and not wants_endpoint) or (self._unknown(key) and not wants_patient):
+            await self.resolve(key)  # another lane's conflict made us forget it while we searched
         return study
+
+    def _unknown(self, key: PatientKey | None) -> bool:
+        return key is not None and self._policy != "identifier-only" and key not in self._patients
 
     def forget(self, key: PatientKey | None, *, refused: bool) -> None:
         """Look again. `refused`: nothing was written, so the Patient's version is still what it was."""

@@ -246,8 +246,8 @@ class Roads:
         sequence = max(change.last_sequence, row.last_sequence if row else 0)
         key = change.patient_key = self._rules.patient_key(instances)
         who = self._rules.patient(instances)
+        endpoint, endpoint_write = self._links.endpoint()  # at once: another lane may forget what was just resolved
         subject, patient_write = await self._links.patient(key, who.resource, sequence=sequence, exact=exact)
-        endpoint, endpoint_write = self._links.endpoint()
         built = build(subject, {"reference": endpoint})
         study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]

@@ -98,8 +98,11 @@ class Worker:
         self._last_progress = clock.monotonic()
         self._last_commit = 0.0
         self._pauses = 0
-        self.trouble: str | None = None
+
+    @property
+    def trouble(self) -> str | None:
         """Why the worker waits, for readiness; None while all is well."""
+        return self.ledger.trouble
 
     async def work(self) -> None:
         """Take the lease, work, give it back.
@@ -221,6 +224,7 @@ class Worker:
             if self._clock.monotonic() - looked >= _LOOK_AGAIN_EVERY:
                 looked = self._clock.monotonic()
                 await self._patiently(self._read_gaps)
+                self.ledger.beat()
             latest = await self._patiently(self._dicom.latest)
             self._refuse_backwards(latest, self._read_to)
             self.ledger.latest = max(self.ledger.latest, latest.sequence if latest else 0)
@@ -433,9 +437,9 @@ class Worker:
         waited = self._clock.monotonic() - self._last_progress
         if self._once and waited >= self._options.sync.patience:
             raise failure
-        if self.trouble != str(failure):
-            self.trouble = str(failure)
-            log.warning("waiting", reason=self.trouble)
+        if self.ledger.trouble != str(failure):
+            self.ledger.trouble = str(failure)
+            log.warning("waiting", reason=str(failure))
         asked = failure.retry_after if isinstance(failure, errors.Unavailable) else 1.0
         self._pauses += 1
         pause = asked if asked is not None else min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(self._pauses, 10))
@@ -446,9 +450,9 @@ class Worker:
             raise _Stopped
 
     def _progressed(self) -> None:
-        if self.trouble is not None:
+        if self.ledger.trouble is not None:
             log.info("going on")
-        self.trouble, self._pauses = None, 0
+        self.ledger.trouble, self._pauses = None, 0
         self._last_progress = self._clock.monotonic()
         self._progress(self.ledger.watermark.low, self.ledger.latest)
         self._moved.set()

@@ -27,7 +27,7 @@ def upgrade() -> None:
         sa.Column("token", sa.BigInteger, nullable=False),
         sa.Column("lease_owner", sa.String(128)),
         sa.Column("lease_until", _Instant),
-        sa.Column("last_error", sa.Text),
+        sa.Column("trouble", sa.Text),
     )
     op.create_table(
         "gap",
