@@ -19,6 +19,7 @@ import structlog
 
 from dicomcast import errors, mapping, settings, wire
 from dicomcast.clock import Clock
+from dicomcast.dicom import values
 from dicomcast.dicom.service import DicomService
 from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService
@@ -178,7 +179,7 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
                         stop=stop,
                     )
                     try:
-                        async with pulse.beating(worker):
+                        async with pulse.beating(worker.trouble):
                             await worker.work()
                     except errors.LeaseLost as lost:
                         log.warning("standing by", reason=str(lost))
@@ -335,7 +336,7 @@ def map_paths(options: settings.Settings, paths: Sequence[str]) -> tuple[Json, l
     """The FHIR resources of DICOM files, folders, DICOM JSON and change feed pages, as a `collection` Bundle."""
     compiled = rules(options)
     unmapped: list[Unmapped] = []
-    studies: dict[str, dict[tuple[str, str], mapping.Instance]] = {}
+    studies: dict[str, list[mapping.Instance]] = {}
     for source, dataset in _datasets(paths, unmapped):
         try:
             one = compiled.read(dataset)
@@ -343,11 +344,11 @@ def map_paths(options: settings.Settings, paths: Sequence[str]) -> tuple[Json, l
             study_uid, sop_uid = (_first(dataset, tag) for tag in ("0020000D", "00080018"))
             unmapped.append(Unmapped(source, str(failed), failed.kind, study_uid, sop_uid, failed.rule, failed.tag))
         else:
-            studies.setdefault(one.study_uid, {})[one.series_uid, one.sop_uid] = one
+            studies.setdefault(one.study_uid, []).append(one)
     entries: dict[str, Json] = {}
     for study_uid in sorted(studies):
         try:
-            entries |= _resources(compiled, study_uid, list(studies[study_uid].values()))
+            entries |= _resources(compiled, study_uid, studies[study_uid])
         except errors.StudyFailed as failed:
             unmapped.append(Unmapped("", str(failed), failed.kind, study_uid, None, failed.rule, failed.tag))
     bundle = {"resourceType": "Bundle", "type": "collection"}
@@ -409,7 +410,8 @@ def _json_datasets(value: Json) -> Iterator[Json]:
 
 
 def _first(dataset: Json, tag: str) -> str | None:
+    """The UID under a tag, if it is one: nothing else may be said of what could not be mapped."""
     try:
-        return str(dataset[tag]["Value"][0])
-    except (LookupError, TypeError):
+        return values.uid(dataset.get(tag)) if isinstance(dataset, dict) else None
+    except values.Invalid:
         return None

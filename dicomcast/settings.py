@@ -44,7 +44,15 @@ def _base_url(value: str) -> str:
     if "@" in value.split("/")[2]:
         # It names the feed in the database and stands in Endpoint.address.
         raise ValueError("must not hold credentials: set username and password, or token")
+    if len(value) > 512:
+        raise ValueError("must not be longer than 512 characters")
     return value.rstrip("/")
+
+
+def _unversioned(value: str) -> str:
+    if re.search(r"/v[0-9][^/]*$", value):
+        raise ValueError("must not end in a version segment such as /v1; see dicom.version")
+    return value
 
 
 def _listed(value: object) -> object:
@@ -94,7 +102,9 @@ class _Service(_Section):
 class Dicom(_Service):
     """The DICOM service whose change feed is read."""
 
-    url: BaseUrl = Field(description="base URL of the DICOM service, without the version segment /v1")
+    url: Annotated[BaseUrl, AfterValidator(_unversioned)] = Field(
+        description="base URL of the DICOM service, without the version segment /v1"
+    )
     public_url: BaseUrl | None = Field(
         None, description="address written into Endpoint; default: url with its version segment"
     )

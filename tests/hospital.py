@@ -111,12 +111,17 @@ class Hospital:
             **more,
         }
 
-    def dicomcast(self, *arguments: str, **more: str) -> subprocess.Popen[str]:
-        """The program, started."""
+    @contextmanager
+    def dicomcast(self, *arguments: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+        """The program in a process of its own, which does not outlive the block."""
         pipe = subprocess.PIPE
-        return subprocess.Popen(
+        with subprocess.Popen(
             [PROGRAM, *arguments], env=self.environment(**more), stdin=pipe, stdout=pipe, stderr=pipe, text=True
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     # DICOM
 
@@ -214,6 +219,7 @@ class Hospital:
                 if kind == "ImagingStudy":
                     reference = resource["subject"]["reference"]
                     plain["subject"] = {"reference": names.get(reference, reference)}
+                    plain["endpoint"] = [{"reference": "Endpoint"} for _ in resource["endpoint"]]
                 found.append(plain)
         return sorted(found, key=str)
 

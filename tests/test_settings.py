@@ -293,9 +293,10 @@ def test_table_in_the_environment_that_is_no_json_is_one_of_the_problems(monkeyp
 
     found = problems()
 
-    assert sorted(
-        one.rpartition("set ")[2].rstrip(")") for one in found
-    ) == ["DICOMCAST_MAPPING__ISSUERS", "DICOMCAST_WEB__PORT"]
+    assert sorted(one.rpartition("set ")[2].rstrip(")") for one in found) == [
+        "DICOMCAST_MAPPING__ISSUERS",
+        "DICOMCAST_WEB__PORT",
+    ]
 
 
 def test_issuers_are_a_table() -> None:

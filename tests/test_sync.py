@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from hospital import SYSTEM, Hospital, a_study, uid
 
 from dicomcast import sandbox as services
-from hospital import SYSTEM, Hospital, a_study, uid
 from dicomcast.sandbox import fhir
 
 

@@ -69,7 +69,7 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
     """
     fields = {str(name).lower(): value for name, value in raw.items()} if isinstance(raw, dict) else {}
     own = fields.get("sequence")
-    if isinstance(own, int) and not isinstance(own, bool) and own > 0:
+    if isinstance(own, int) and not isinstance(own, bool) and 0 < own < 2**63:
         sequence = own
     elif sequence is None:
         raise ValueError("a change feed entry without a sequence")
@@ -91,7 +91,7 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
         sop_uid=uids[2] or "",
         action=action,
         state=state,
-        timestamp=_text(fields.get("timestamp")) or "",
+        timestamp=_timestamp(fields.get("timestamp")),
         partition=_text(fields.get("partitionname")),
         metadata=metadata if isinstance(metadata, dict) and metadata else None,
     )
@@ -105,6 +105,12 @@ def _uid(value: object) -> str | None:
 
 def _text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
+
+
+def _timestamp(value: object) -> str:
+    """The text as it stands where it could be a time; else nothing, since it goes into the database."""
+    text = _text(value) or ""
+    return text if re.fullmatch(r"[0-9T:.,Zz+ -]{0,64}", text, re.ASCII) else ""
 
 
 def moment(entry: ChangeFeedEntry) -> datetime | None:

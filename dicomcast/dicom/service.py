@@ -19,6 +19,7 @@ PAGE = 100
 
 _FEED = {"Accept": "application/json"}
 _DICOM_JSON = {"Accept": "application/dicom+json"}
+_SEQUENCE = re.compile(rb'"sequence"\s*:\s*([1-9][0-9]{0,17})\b', re.IGNORECASE)
 
 
 class DicomService:
@@ -44,13 +45,21 @@ class DicomService:
             raw = orjson.loads(response.content) if response.content.strip() else None
             return feed.parse(raw) if raw else None
         except ValueError:
+            # One spoilt entry must not stop the feed: where its sequence can be made out, reading goes up to it.
+            named = _SEQUENCE.search(response.content)
+            if response.content.lstrip().startswith(b"{") and named:
+                failed = errors.InstanceFailed("malformed-entry", "the entry is not JSON", stage="read")
+                return feed.Malformed(int(named[1]), failed)
             raise errors.Unavailable("dicom", "the newest change feed entry can't be read") from None
 
     async def before(self, moment: datetime) -> int:
         """The sequence before the first entry recorded at `moment` or later; only v2 can say."""
         # Times and sequences may disagree by what was committed side by side: the lowest of a page, not the first.
         params: dict[str, str | int] = {"startTime": moment.isoformat(), "limit": 200, "includeMetadata": "false"}
-        response = await self._read("/v2/changefeed", params=params, headers=_FEED)
+        try:
+            response = await self._service.read("GET", "/v2/changefeed", params=params, headers=_FEED)
+        except errors.Rejected as refused:
+            raise errors.Incompatible(f"{refused} to /v2/changefeed: without it dicom.start can't be a time") from None
         try:
             entries = _entries(orjson.loads(response.content))
         except ValueError:
@@ -160,8 +169,8 @@ async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
             scanned = bracket.end()
             if depth < 2:
                 between = bytes(pending[text_from : scanned - 1]).strip()
-                opens = bracket[1] == b"[" if depth == 0 else bracket[1] == b"{" or bracket[1] == b"]"
-                if ended or not opens or between not in ((b"",) if depth == 0 else (b"", b",")):
+                fits = bracket[1] in (b"{]" if depth else b"[") and between in ((b"", b",") if depth else (b"",))
+                if ended or not fits:
                     raise errors.Unavailable("dicom", "a metadata answer is not a JSON array of objects")
             if bracket[1] in b"[{":
                 depth += 1

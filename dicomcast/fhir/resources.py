@@ -24,19 +24,24 @@ TAG = {"system": "urn:dicomcast", "code": "created"}
 
 
 class Decimal(str):
-    """A JSON number with a fraction, kept as text."""
+    """A JSON number with a fraction, or of more digits than an integer of FHIR has, kept as text."""
 
     __slots__ = ()
 
 
 def loads(content: bytes | str) -> Json:
     """Parse JSON without touching a decimal. Raises `ValueError`."""
-    return json.loads(content, parse_float=Decimal)
+    return json.loads(content, parse_float=Decimal, parse_int=_integer)
 
 
 def dumps(value: Json) -> bytes:
     """Serialise what `loads` gave, or what we made."""
     return orjson.dumps(value, default=_number, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
+
+
+def _integer(text: str) -> int | Decimal:
+    """What orjson can write is a number; a decimal without a fraction may be longer."""
+    return int(text) if len(text) < 19 else Decimal(text)
 
 
 def _number(value: object) -> orjson.Fragment:

@@ -5,7 +5,7 @@ transaction's `etag`, lists no `batch` and no `updateCreate` though it has both,
 minute unless told `no-cache`; Azure refuses strong ETags. References: Azure `microsoft/fhir-server`, HAPI 8.8.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
@@ -85,6 +85,8 @@ class FhirService:
                 return await self._search_together(queries)
             except errors.Rejected:
                 self._batch_refused = True
+            except errors.Troubled:
+                pass  # it may work one by one, and in a batch the next time
         return [await self._search_alone(query) for query in queries]
 
     async def read(self, resource_type: str, resource_id: str) -> Held | None:
@@ -169,7 +171,7 @@ class FhirService:
         except errors.Rejected:
             if query.optional:
                 return []
-            raise
+            response = await self._service.read("GET", f"/{query.type}?{content.decode()}", headers=_READ)
         return await self._hits(query, _json(response.content))
 
     async def _hits(self, query: Query, bundle: Json) -> list[Held]:
@@ -205,7 +207,7 @@ class FhirService:
         try:
             answers = resources.loads(response.content)["entry"]
             return [
-                _written(write, _status(answer), **_outcome(answer))
+                _written(write, _status(answer), answer["response"], answer.get("resource"))
                 for write, answer in zip(writes, answers, strict=True)
             ]
         except (ValueError, LookupError, TypeError):
@@ -228,22 +230,19 @@ class FhirService:
             response = await self._service.write("POST", f"/{write.type}", headers=headers, content=content)
         else:
             response = await self._service.write("PUT", f"/{write.type}/{write.id}", headers=headers, content=content)
-        located = response.headers.get("location") or response.headers.get("content-location")
-        return _written(
-            write, response.status_code, response.headers.get("etag"), located, _maybe_json(response.content)
-        )
+        return _written(write, response.status_code, response.headers, _maybe_json(response.content))
 
 
 def _entry(base: str, write: Write) -> Json:
     """A transaction entry. Every write has a fullUrl: HAPI's validation asks for it."""
-    if write.resource is None:
-        return {"request": {"method": "DELETE", "url": f"{write.type}/{write.id}"}}
     if write.id is None:
         request = {"method": "POST", "url": write.type, "ifNoneExist": write.if_none_exist}
         return {"fullUrl": write.full_url, "resource": write.resource, "request": request}
-    request = {"method": "PUT", "url": f"{write.type}/{write.id}"}
+    request = {"method": "PUT" if write.resource is not None else "DELETE", "url": f"{write.type}/{write.id}"}
     if write.if_match:
         request["ifMatch"] = f'W/"{write.if_match}"'
+    if write.resource is None:
+        return {"request": request}
     return {"fullUrl": f"{base}/{write.type}/{write.id}", "resource": write.resource, "request": request}
 
 
@@ -251,13 +250,8 @@ def _status(answer: Json) -> int:
     return int(str(answer["response"]["status"])[:3])
 
 
-def _outcome(answer: Json) -> dict[str, Json]:
-    response = answer["response"]
-    return {"etag": response.get("etag"), "location": response.get("location"), "body": answer.get("resource")}
-
-
-def _written(write: Write, status: int, etag: str | None, location: str | None, body: Json) -> Written | None:
-    """Check one answer. A 200 to a create means that somebody was there first."""
+def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) -> Written | None:
+    """Check one answer, `headers` of a transaction's entry or of HTTP. 200 to a create: somebody was there first."""
     if status >= 300:
         raise wire.error_of("fhir", status, write=True)
     if write.resource is None:
@@ -265,12 +259,13 @@ def _written(write: Write, status: int, etag: str | None, location: str | None, 
     if write.creates and status != 201:
         raise errors.Conflict("fhir: somebody created it first")
     body = body if isinstance(body, dict) else {}
-    path = (location or "").partition("?")[0].split("/")
+    location = headers.get("location") or headers.get("content-location") or ""
+    path = location.partition("?")[0].split("/")
     history = path.index("_history") if "_history" in path else len(path)
     written_id = write.id or (path[history - 1] if location else None) or body.get("id")
     if not written_id:
         raise errors.OutcomeUnknown("fhir: a create was answered without an id")
-    version = resources.version_in(etag) or (body.get("meta") or {}).get("versionId")
+    version = resources.version_in(headers.get("etag")) or (body.get("meta") or {}).get("versionId")
     return Written(write.type, written_id, version or (path[history + 1] if history + 1 < len(path) else None))
 
 

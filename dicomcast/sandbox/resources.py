@@ -81,9 +81,13 @@ class Invalid(Exception):
 def parse(body: bytes) -> Json:
     """A JSON body whose decimals keep their digits (FHIR R4 datatypes: decimal precision is significant)."""
     try:
-        return json.loads(body, parse_float=orjson.Fragment, parse_constant=_constant)
+        return json.loads(body, parse_float=orjson.Fragment, parse_int=_integer, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise Invalid("structure", "the body is not JSON", status=400) from error
+
+
+def _integer(text: str) -> int | orjson.Fragment:
+    return int(text) if len(text) < 19 else orjson.Fragment(text)  # orjson writes no more than 64 bits
 
 
 def _constant(text: str) -> None:

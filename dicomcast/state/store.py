@@ -5,9 +5,10 @@ Synchronous; the worker calls it through `asyncio.to_thread`. A database that ca
 somebody else gets `LeaseLost` and has changed nothing.
 """
 
+import contextlib
+import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -90,11 +91,6 @@ class Failure:
     tag: str | None = None
     heals: bool = False
 
-    @property
-    def key(self) -> tuple[str | None, str, str]:
-        """What it is about within its study: the same again is the same row."""
-        return (self.sop_instance_uid, self.stage, self.kind)
-
 
 IssueKey = tuple[str, str, str, str]
 """Rule, tag, VR, reason."""
@@ -115,14 +111,19 @@ class Effects:
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
 
+    def reconcile(self, study_uid: str, resolution: str) -> None:
+        """A reconcile has the last word on a study: what was noted before is over. Other partitions are no study's."""
+        self.reconciled[study_uid] = resolution
+        self.issues.pop(study_uid, None)
+        self.failures = [one for one in self.failures if one.study_instance_uid != study_uid or one.kind == "partition"]
+
     def follow(self, later: "Effects") -> None:
         """Add what came after, where these could not be committed."""
         self.studies |= later.studies
         self.patients |= later.patients
-        self.failures += later.failures
         for study_uid, resolution in later.reconciled.items():
-            self.reconciled[study_uid] = resolution
-            self.issues.pop(study_uid, None)
+            self.reconcile(study_uid, resolution)
+        self.failures += later.failures
         for study_uid, counts in later.issues.items():
             self.issues.setdefault(study_uid, Counter()).update(counts)
         self.missed |= later.missed
@@ -143,15 +144,16 @@ class Store:
             raise errors.Misconfigured(["database.url: only sqlite:// and postgresql+psycopg:// are supported"])
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
+            sa.event.listen(self._engine, "begin", _begin_sqlite)
 
     def open(self) -> None:
         """Make an empty database's tables. Raises `Incompatible` for a schema that is behind or ahead of us."""
-        with self._transaction() as connection:
+        with self._transaction(alone=True) as connection:
             schema.prepare(connection)
 
     def upgrade(self) -> tuple[str | None, str]:
         """Bring the schema up to this version: revision before and after."""
-        with self._transaction() as connection:
+        with self._transaction(alone=True) as connection:
             return schema.upgrade(connection)
 
     def revision(self) -> tuple[str | None, str]:
@@ -249,7 +251,7 @@ class Store:
         return Patient(**_without_feed(row)) if row else None
 
     def due(self, lease: Lease, *, limit: int = 100) -> list[str]:
-        """Studies with a failure whose next retry has come."""
+        """Studies with a failure whose next retry has come, the longest waiting first."""
         table = tables.failure
         with self._transaction() as connection:
             rows = connection.execute(
@@ -261,6 +263,7 @@ class Store:
                     table.c.study_instance_uid.is_not(None),
                 )
                 .group_by(table.c.study_instance_uid)
+                .order_by(sa.func.min(table.c.next_retry))
                 .limit(limit)
             )
             return [row.study_instance_uid for row in rows]
@@ -317,17 +320,16 @@ class Store:
                 kept.add((inserted.inserted_primary_key or (0,))[0])
                 opened += 1
         for study_uid, resolution in effects.reconciled.items():
-            connection.execute(
-                sa.update(table)
-                .where(
-                    table.c.feed_id == feed_id,
-                    table.c.study_instance_uid == study_uid,
-                    table.c.status.in_(ATTENTION),
-                    table.c.kind != "partition",
-                    table.c.id.not_in(kept),
-                )
-                .values(status="resolved", resolution=resolution, last_seen=now, next_retry=None)
+            of_study = sa.select(table.c.id).where(
+                table.c.feed_id == feed_id,
+                table.c.study_instance_uid == study_uid,
+                table.c.status.in_(ATTENTION),
+                table.c.kind != "partition",
             )
+            over = sorted({row.id for row in connection.execute(of_study)} - kept)
+            resolved = {"status": "resolved", "resolution": resolution, "last_seen": now, "next_retry": None}
+            for some in _chunks(over, 500):
+                connection.execute(sa.update(table).where(table.c.id.in_(some)).values(resolved))
         return opened
 
     def _open_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
@@ -443,14 +445,15 @@ class Store:
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
+    @contextlib.contextmanager
+    def _transaction(self, *, alone: bool = False) -> Iterator[sa.Connection]:
+        """`alone`: no other writer from the start, for what reads before it writes (SQLite; PostgreSQL has locks)."""
         try:
-            with self._engine.begin() as connection:
+            with self._engine.execution_options(alone=alone).begin() as connection:
                 yield connection
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as failure:
-            cause = getattr(failure, "orig", None) or failure
-            raise errors.Unavailable("database", f"can't be used ({type(cause).__name__})") from failure
+            cause = str(getattr(failure, "orig", None) or failure).splitlines() or [type(failure).__name__]
+            raise errors.Unavailable("database", cause[0]) from failure
 
     def _now(self, connection: sa.Connection) -> datetime:
         """PostgreSQL's clock, which all workers share; SQLite has no other than ours."""
@@ -482,10 +485,18 @@ class Store:
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     """Readers beside one writer, and a patient wait for the lock."""
+    connection.isolation_level = None  # transactions begin below: the driver's own leave out DDL
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=15000", "foreign_keys=ON"):
+    for pragma in ("busy_timeout=15000", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
+    # Kept in the file; of several that meet a new one SQLite lets one switch, and the others do not wait for it.
+    with contextlib.suppress(sqlite3.OperationalError):
+        cursor.execute("PRAGMA journal_mode=WAL")
     cursor.close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("alone") else "BEGIN")
 
 
 def _without_feed(row: Any) -> Row:

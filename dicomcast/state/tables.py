@@ -129,7 +129,7 @@ issue = Table(
     Column("study_instance_uid", String(64), primary_key=True),
     Column("rule", String(64), primary_key=True),
     Column("tag", String(64), primary_key=True),
-    Column("vr", String(2), nullable=False),
+    Column("vr", String(2), primary_key=True),
     Column("reason", String(128), primary_key=True),
     Column("count", Integer, nullable=False, comment="instances concerned"),
 )

@@ -118,8 +118,8 @@ class Buffer:
         self._studies: dict[str, StudyChange] = {}
 
     def __len__(self) -> int:
-        """Entries that wait."""
-        return sum(len(change.sequences) for change in self._studies.values())
+        """Studies that wait."""
+        return len(self._studies)
 
     def __iter__(self) -> Iterator[StudyChange]:
         return iter(self._studies.values())
@@ -127,7 +127,11 @@ class Buffer:
     @property
     def full(self) -> bool:
         """Whether no more should be read before something is written."""
-        return len(self) >= self._limit
+        return self._entries >= self._limit
+
+    @property
+    def _entries(self) -> int:
+        return sum(len(change.sequences) for change in self._studies.values())
 
     def touch(self, study_uid: str, *, now: float) -> StudyChange:
         """The study's pending change, now the most recently touched."""
@@ -142,7 +146,7 @@ class Buffer:
 
     def due_behind(self, feed_time: datetime | None) -> Iterator[StudyChange]:
         """While catching up: what is quiet in feed time, and the longest untouched while more than half full."""
-        excess = len(self) - self._limit // 2 if self.full else 0
+        excess = self._entries - self._limit // 2 if self.full else 0
         for change in list(self):
             quiet = timedelta(seconds=self._quiet(len(change.instances)))
             if excess > 0:

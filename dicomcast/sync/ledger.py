@@ -180,11 +180,10 @@ class Ledger:
     def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled) -> None:
         """A study's entries have had their effect."""
         self._effects.studies[study_uid] = settled.study
-        self._effects.failures += settled.failures
         self.failed += len(settled.failures)
         if settled.resolution:
-            self._effects.reconciled[study_uid] = settled.resolution
-            self._effects.issues.pop(study_uid, None)
+            self._effects.reconcile(study_uid, settled.resolution)
+        self._effects.failures += settled.failures
         self._effects.issues.setdefault(study_uid, Counter()).update(settled.issues)
         before = self.outcomes.get(study_uid)
         stays = before == "created" and settled.outcome in ("updated", "unchanged")

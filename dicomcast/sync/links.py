@@ -7,7 +7,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dicomcast import errors, mapping
 from dicomcast.fhir import resources
@@ -23,6 +23,25 @@ PatientKey = tuple[str | None, str]
 _REMEMBERED = 10_000
 _MERGES = 5
 """Longest chain of merged Patients that is followed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What FHIR holds around a study, as one attempt sees it; None is nothing yet."""
+
+    key: PatientKey
+    patient: Held | None
+    endpoint: Held | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """Demographics that may be older than what a Patient shows: to be settled when the feed is caught up with."""
+
+    sequence: int
+    study_uid: str
+    shown: store.Patient | None
+    """The Patient's row, if it shows these demographics already."""
 
 
 class Links:
@@ -45,16 +64,16 @@ class Links:
         self._policy = policy
         self._addresses = addresses
         self._patients: OrderedDict[PatientKey, Held] = OrderedDict()
+        self._patient_locks: dict[PatientKey, asyncio.Lock] = {}
         self._endpoint: Held | None = None
         self._endpoint_lock = asyncio.Lock()
-        self._patient_locks: dict[PatientKey, asyncio.Lock] = {}
-        self._deferred: dict[PatientKey, tuple[int, Json]] = {}
         self._intended: dict[PatientKey, store.Patient] = {}
-        self.at_head = False
+        self._deferred: dict[PatientKey, _Deferred] = {}
+        self.behind = True
 
     @asynccontextmanager
     async def holding(self, key: PatientKey) -> AsyncIterator[None]:
-        """Alone with what is not known yet: one at a time resolves, and maybe creates, Endpoint and Patient."""
+        """Alone with what is not known yet: one at a time looks up, and maybe creates, Endpoint and Patient."""
         async with AsyncExitStack() as stack:
             await _alone(stack, self._endpoint_lock, lambda: self._endpoint is not None)
             if self._policy != "identifier-only":
@@ -62,36 +81,27 @@ class Links:
                 await _alone(stack, lock, lambda: key in self._patients)
             yield
 
-    async def resolve(self, key: PatientKey | None, *, study_uid: str | None = None) -> Held | None:
-        """Look up, in one batch, whatever of Patient, Endpoint and study is not known; the study, if it is there."""
-        queries: list[Query] = []
-        wants_patient, wants_endpoint = self._unknown(key), self._endpoint is None
-        if study_uid is not None:
-            queries.append(by_identifier("ImagingStudy", "urn:dicom:uid", f"urn:oid:{study_uid}"))
-        if key is not None and wants_patient:
-            queries.append(by_identifier("Patient", *key))
-        if wants_endpoint:
-            identifier = self._rules.endpoint()["identifier"][0]
-            queries.append(by_identifier("Endpoint", identifier["system"], identifier["value"]))
-            connection = self._rules.endpoint()["connectionType"]
-            token = resources.token(connection["system"], connection["code"])
-            queries.append(Query("Endpoint", (("connection-type", token),), optional=True))
-        if not queries:
-            return None
-        hits = iter(await self._fhir.search(queries))
-        study = _one(next(hits), "urn:dicom:uid", f"urn:oid:{study_uid}") if study_uid is not None else None
-        if key is not None and wants_patient:
-            found = _one(next(hits), *key)
-            if found is not None:
-                self._remember(key, await self._surviving(found))
-        if wants_endpoint:
-            self._endpoint = self._our_endpoint(next(hits), next(hits))
-        if (self._endpoint is None and not wants_endpoint) or (self._unknown(key) and not wants_patient):
-            await self.resolve(key)  # another lane's conflict made us forget it while we searched
-        return study
+    async def study(self, study_uid: str) -> Held | None:
+        """The ImagingStudy of a study, by search."""
+        (hits,) = await self._fhir.search([_study_query(study_uid)])
+        return _of_study(hits, study_uid)
 
-    def _unknown(self, key: PatientKey | None) -> bool:
-        return key is not None and self._policy != "identifier-only" and key not in self._patients
+    async def around(self, key: PatientKey, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
+        """Patient and Endpoint, and with `study_uid` the ImagingStudy: one batch for whatever is not known."""
+        patient, endpoint = self._patients.get(key), self._endpoint
+        queries = [_study_query(study_uid)] if study_uid else []
+        if patient is None and self._policy != "identifier-only":
+            queries.append(by_identifier("Patient", *key))
+        if endpoint is None:
+            queries += self._endpoint_queries()
+        hits = iter(await self._fhir.search(queries) if queries else ())
+        study = _of_study(next(hits), study_uid) if study_uid else None
+        if patient is None and self._policy != "identifier-only":
+            found = _one(next(hits), *key)
+            patient = self._remember(key, await self._surviving(found)) if found else None
+        if endpoint is None:
+            endpoint = self._endpoint = self._our_endpoint(next(hits), next(hits))
+        return Around(key, patient, endpoint), study
 
     def forget(self, key: PatientKey | None, *, refused: bool) -> None:
         """Look again. `refused`: nothing was written, so the Patient's version is still what it was."""
@@ -102,15 +112,17 @@ class Links:
             if before is not None and refused:
                 self._ledger.remember(before)
 
-    def endpoint(self) -> tuple[str, Write | None]:
+    def endpoint(self, around: Around) -> tuple[str, Write | None]:
         """Reference to our Endpoint, and what must be written for it."""
-        write = plan.endpoint(self._endpoint, rules=self._rules, naming=self._naming)
-        if self._endpoint is not None:
-            return self._endpoint.reference, write
+        write = plan.endpoint(around.endpoint, rules=self._rules, naming=self._naming)
+        if around.endpoint is not None:
+            return around.endpoint.reference, write
         assert write is not None
         return write.reference, write
 
-    async def patient(self, key: PatientKey, wanted: Json, *, sequence: int, exact: bool) -> tuple[Json, Write | None]:
+    async def patient(
+        self, around: Around, wanted: Json, *, study_uid: str, sequence: int, exact: bool
+    ) -> tuple[Json, Write | None]:
         """Reference to the study's subject, and what must be written for the Patient.
 
         `exact`: `wanted` comes from the whole study. Raises `StudyFailed` where the policy wants a Patient that is
@@ -118,48 +130,13 @@ class Links:
         """
         if self._policy == "identifier-only":
             return {"type": "Patient", "identifier": wanted["identifier"][0]}, None
-        held = self._patients.get(key)
+        held = around.patient
         if held is None:
             if self._policy == "lookup":
                 raise errors.StudyFailed("patient-unknown", "no Patient carries this identifier", stage="write")
             write = plan.new_patient(wanted)
             return {"reference": write.reference}, write
-        return {"reference": held.reference}, await self._demographics(
-            held, key, wanted, sequence=sequence, exact=exact
-        )
-
-    async def written(self, key: PatientKey, write: Write, done: Written, *, sequence: int) -> None:
-        """Remember what we wrote of Patient or Endpoint."""
-        resource = write.resource
-        if write.type == "Endpoint":
-            self._endpoint = Held("Endpoint", done.id, done.version, resource)
-        elif write.type == "Patient":
-            self._intended.pop(key, None)
-            self._remember(key, Held("Patient", done.id, done.version, resource))
-            before = None if write.creates else await self._ledger.patient(done.id)
-            sequence = max(sequence, before.sequence if before else 0)
-            self._ledger.remember(store.Patient(done.id, ours=True, version=done.version, sequence=sequence))
-
-    async def catch_up(self) -> None:
-        """At the head, write the demographics that had to wait: Patients of ours that the database does not know."""
-        self.at_head = True
-        while self._deferred:
-            key, (sequence, wanted) = self._deferred.popitem()
-            async with self.holding(key):
-                self._patients.pop(key, None)
-                await self.resolve(key)
-                held = self._patients.get(key)
-                write = held and await self._demographics(held, key, wanted, sequence=sequence, exact=True)
-                if write:
-                    self._ledger.guard()
-                    (done,) = await self._fhir.write([write])
-                    assert done is not None
-                    await self.written(key, write, done, sequence=sequence)
-
-    async def _demographics(
-        self, held: Held, key: PatientKey, wanted: Json, *, sequence: int, exact: bool
-    ) -> Write | None:
-        """The update that the Patient needs and we may do. Between studies the highest feed sequence wins."""
+        subject = {"reference": held.reference}
         row = await self._ledger.patient(held.id)
         ours = resources.is_tagged(held.resource) and (
             row is None or (row.ours and row.version in (None, held.version))
@@ -167,25 +144,55 @@ class Links:
         if not ours and self._policy != "create-or-update":
             if row is None or row.ours:
                 self._ledger.remember(store.Patient(held.id, ours=False, version=held.version, sequence=sequence))
-            return None
-        if row is None and not self.at_head:
-            # A lost database: this study's entry may be older than what the Patient shows.
-            if sequence >= self._deferred.get(key, (0, None))[0]:
-                self._deferred[key] = (sequence, wanted)
-            return None
+            return subject, None
         if row is not None and sequence < row.sequence:
-            return None
-        write = plan.patient(held, wanted, rules=self._rules)
-        if write is not None and not exact:
-            raise errors.Disagreement("patient")
+            return subject, None  # between studies the highest feed sequence wins
+        update = plan.patient(held, wanted, rules=self._rules)
         known = store.Patient(held.id, ours=ours, version=held.version, sequence=sequence)
+        if row is None and self.behind:
+            # A lost database: this study's entry may be older than what the Patient shows.
+            if around.key not in self._deferred or sequence >= self._deferred[around.key].sequence:
+                self._deferred[around.key] = _Deferred(sequence, study_uid, None if update else known)
+            return subject, None
+        if update is not None and not exact:
+            raise errors.Disagreement("patient")
         self._ledger.remember(known)
-        if write is not None:
+        if update is not None:
             # A version that we can't name yet: if we are killed between the write and its commit, it is still ours.
-            self._intended[key] = row or known
+            self._intended[around.key] = row or known
             self._ledger.remember(replace(known, version=None))
             await self._ledger.commit()
-        return write
+        return subject, update
+
+    async def written(self, key: PatientKey, write: Write, done: Written, *, sequence: int) -> None:
+        """Remember what we wrote of Patient or Endpoint."""
+        held = Held(write.type, done.id, done.version, write.resource)
+        if write.type == "Endpoint":
+            self._endpoint = held
+        elif write.type == "Patient":
+            self._intended.pop(key, None)
+            self._remember(key, held)
+            before = None if write.creates else await self._ledger.patient(done.id)
+            sequence = max(sequence, before.sequence if before else 0)
+            self._ledger.remember(store.Patient(done.id, ours=True, version=done.version, sequence=sequence))
+
+    def caught_up(self) -> list[str]:
+        """No older change can come any more: the studies whose demographics a Patient should show and does not."""
+        self.behind = False
+        waiting, self._deferred = list(self._deferred.values()), {}
+        for one in waiting:
+            if one.shown is not None:
+                self._ledger.remember(one.shown)
+        return [one.study_uid for one in waiting if one.shown is None]
+
+    def _endpoint_queries(self) -> list[Query]:
+        wanted = self._rules.endpoint()
+        identifier, connection = wanted["identifier"][0], wanted["connectionType"]
+        alike = (("connection-type", resources.token(connection["system"], connection["code"])),)
+        return [
+            by_identifier("Endpoint", identifier["system"], identifier["value"]),
+            Query("Endpoint", alike, optional=True),
+        ]
 
     async def _surviving(self, patient: Held) -> Held:
         """The Patient that this one was merged into (FHIR R4 Patient.link, `replaced-by`)."""
@@ -214,13 +221,24 @@ class Links:
             found = min(alike, key=lambda one: one.id, default=None)
         return found
 
-    def _remember(self, key: PatientKey, held: Held) -> None:
-        slim = held if resources.is_tagged(held.resource) or self._policy == "create-or-update" else None
-        self._patients[key] = slim or replace(held, resource={"resourceType": "Patient"})
+    def _remember(self, key: PatientKey, held: Held) -> Held:
+        """Of a Patient that we may not change, the id is all that is needed."""
+        if not resources.is_tagged(held.resource) and self._policy != "create-or-update":
+            held = replace(held, resource={"resourceType": "Patient"})
+        self._patients[key] = held
         self._patients.move_to_end(key)
         while len(self._patients) > _REMEMBERED:
             forgotten, _ = self._patients.popitem(last=False)
             self._patient_locks.pop(forgotten, None)
+        return held
+
+
+def _study_query(study_uid: str) -> Query:
+    return by_identifier("ImagingStudy", "urn:dicom:uid", f"urn:oid:{study_uid}")
+
+
+def _of_study(hits: list[Held], study_uid: str) -> Held | None:
+    return _one(hits, "urn:dicom:uid", f"urn:oid:{study_uid}")
 
 
 async def _alone(stack: AsyncExitStack, lock: asyncio.Lock, known: Callable[[], bool]) -> None:

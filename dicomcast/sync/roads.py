@@ -20,7 +20,7 @@ from dicomcast.state import store
 from dicomcast.sync import plan
 from dicomcast.sync.changes import StudyChange, failure_of
 from dicomcast.sync.ledger import Ledger, Outcome, Settled
-from dicomcast.sync.links import Links
+from dicomcast.sync.links import Around, Links
 
 _CACHE_BYTES = 64_000_000
 _Build = Callable[[Json, Json], mapping.Built]
@@ -72,19 +72,19 @@ class Roads:
         key = self._rules.patient_key([instance for _, instance in arrived])
         async with self._links.holding(key):
             if row is None or row.outcome == "deleted":
-                base = await self._links.resolve(key, study_uid=change.study_uid)
+                around, base = await self._links.around(key, study_uid=change.study_uid)
                 if base is not None or self._ledger.first != 0:
                     raise errors.Replan("a study that we did not write from its first entry on")
                 instances = [instance for _, instance in arrived]
                 build = self._whole(instances)
             else:
                 base = await self._base(row, failing)
-                await self._links.resolve(key)
+                around, _ = await self._links.around(key)
                 instances = self._unknown(change, base, row)
-                build = self._more(base, instances) if instances else self._as_it_is(base)
-            return await self._write(
-                change, row, base, build, instances=instances or [arrived[0][1]], exact=base is None
-            )
+                if not instances:
+                    return self._nothing_new(change, row)
+                build = self._more(base, instances)
+            return await self._write(change, row, base, build, around=around, instances=instances, exact=base is None)
 
     async def _base(self, row: store.Study, failing: bool) -> Held:
         """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
@@ -128,9 +128,11 @@ class Roads:
             failures += archived.failures
             key = self._rules.patient_key(archived.instances)
             async with self._links.holding(key):
-                await self._links.resolve(key)
+                around, _ = await self._links.around(key)
                 build = self._whole(archived.instances)
-                settled = await self._write(change, row, held, build, instances=archived.instances, exact=True)
+                settled = await self._write(
+                    change, row, held, build, around=around, instances=archived.instances, exact=True
+                )
             return replace(settled, failures=tuple(failures), resolution="mapped")
         failures += archived.failures if archived else []
         return await self._end(change, row, held, failures=tuple(failures), gone=archived is None)
@@ -140,7 +142,7 @@ class Roads:
             held = await self._fhir.read("ImagingStudy", row.imaging_study)
             if held is not None:
                 return held
-        return await self._links.resolve(None, study_uid=study_uid)
+        return await self._links.study(study_uid)
 
     async def _in_dicom(self, study_uid: str) -> Archived | None:
         """The study's instances; None where two witnesses say that it is gone: metadata 404, and no search hit."""
@@ -150,6 +152,9 @@ class Roads:
             async for dataset in self._dicom.study(study_uid):
                 try:
                     instance = self._rules.read(dataset)
+                    if instance.study_uid != study_uid:
+                        message = "metadata of this study names another Study Instance UID"
+                        raise errors.InstanceFailed("invalid", message, stage="read", tag="0020000D")
                 except errors.InstanceFailed as failed:
                     failures.append(failure_of(failed, study_uid=study_uid, key=_uids(dataset)))
                 else:
@@ -229,9 +234,6 @@ class Roads:
             base.resource, instances, subject=subject, endpoint=endpoint
         )
 
-    def _as_it_is(self, base: Held) -> _Build:
-        return lambda subject, endpoint: mapping.Built(base.resource, ())
-
     async def _write(
         self,
         change: StudyChange,
@@ -239,15 +241,18 @@ class Roads:
         held: Held | None,
         build: _Build,
         *,
+        around: Around,
         instances: list[mapping.Instance],
         exact: bool,
     ) -> Settled:
         """Plan, write what is needed at once, and say what came of it."""
         sequence = max(change.last_sequence, row.last_sequence if row else 0)
-        key = change.patient_key = self._rules.patient_key(instances)
+        change.patient_key = around.key
         who = self._rules.patient(instances)
-        endpoint, endpoint_write = self._links.endpoint()  # at once: another lane may forget what was just resolved
-        subject, patient_write = await self._links.patient(key, who.resource, sequence=sequence, exact=exact)
+        endpoint, endpoint_write = self._links.endpoint(around)
+        subject, patient_write = await self._links.patient(
+            around, who.resource, study_uid=change.study_uid, sequence=sequence, exact=exact
+        )
         built = build(subject, {"reference": endpoint})
         study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
@@ -258,7 +263,7 @@ class Roads:
             for write, done in zip(writes, await self._fhir.write(writes), strict=True):
                 assert done is not None
                 addresses[write.reference] = done.reference
-                await self._links.written(key, write, done, sequence=sequence)
+                await self._links.written(around.key, write, done, sequence=sequence)
                 if write is study_write:
                     study = _as_written(write, done, addresses)
         assert study is not None

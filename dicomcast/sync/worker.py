@@ -35,6 +35,8 @@ _LOOK_AGAIN_EVERY = 30.0
 """Seconds between looks at gaps and at failures whose retry is due."""
 _GAP_MAY_FILL = timedelta(minutes=10)
 _LONGEST_PAUSE = 30.0
+_LONGEST_ASKED = 600.0
+"""Seconds that a `Retry-After` is believed: a wrong date must not stop the worker for years."""
 _CONFLICTS = 8
 _TROUBLES = 5
 _TROUBLE_LASTS = 120.0
@@ -94,14 +96,14 @@ class Worker:
         self._moved = asyncio.Event()
         self._behind = True
         self._read_to = 0
+        self._head: int | None = None
         self._feed_time: datetime | None = None
         self._last_progress = clock.monotonic()
         self._last_commit = 0.0
         self._pauses = 0
 
-    @property
     def trouble(self) -> str | None:
-        """Why the worker waits, for readiness; None while all is well."""
+        """What the worker waits for; None while all is well."""
         return self.ledger.trouble
 
     async def work(self) -> None:
@@ -125,14 +127,15 @@ class Worker:
 
     async def _session(self, tasks: asyncio.TaskGroup) -> None:
         keeper = tasks.create_task(self.ledger.keep())
-        await self._patiently(self._prepare)
+        await self._unless_stopped(self._patiently(self._prepare))
         reader = tasks.create_task(self._read())
         while not self._stop.is_set():
             await self._look_up_new_studies()
             self._start_lanes(tasks)
             if self._clock.monotonic() - self._last_commit >= _COMMIT_EVERY:
                 await self._commit()
-            if reader.done() and not self._lanes and not len(self._buffer) and self.ledger.watermark.idle:
+            self._settle_demographics()
+            if reader.done() and not self._lanes and not self._buffer and self.ledger.watermark.idle:
                 break
             await self._wait(_COMMIT_EVERY / 2)
         reader.cancel()
@@ -141,6 +144,19 @@ class Worker:
             for lane in late:
                 lane.cancel()
         keeper.cancel()
+
+    async def _unless_stopped(self, action: Awaitable[None]) -> None:
+        """Cut `action` off at stop: a service that does not answer must not hold up the end."""
+        work, stop = asyncio.ensure_future(action), asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise _Stopped
+            await work
+        finally:
+            work.cancel()
+            stop.cancel()
+            await asyncio.gather(work, stop, return_exceptions=True)
 
     async def _take_lease(self) -> None:
         await self.ledger.open(self._options.feed_name, url=self._options.dicom.url, owner=self._owner)
@@ -231,7 +247,6 @@ class Worker:
             if self._read_to < self.ledger.latest:
                 await self._read_pages(self.ledger.latest)
                 continue
-            await self._patiently(self._links.catch_up)
             await self._patiently(self._retry_due)
             self._reached_head()
             if self._once:
@@ -257,15 +272,9 @@ class Worker:
 
     def _take(self, entry: feed.Entry) -> None:
         """One entry's way: noted, then recorded as a failure, or handed to its study."""
-        if isinstance(entry, feed.Malformed):
+        if isinstance(entry, feed.Malformed) or self._elsewhere(entry):
             self.ledger.read(entry)
-            self._record(entry, entry.error)
-            return
-        expected = self._options.dicom.partition or _DEFAULT_PARTITION
-        if entry.partition is not None and entry.partition != expected:
-            self.ledger.read(entry)
-            message = "the entry belongs to a data partition that this worker does not read (dicom.partition)"
-            self._record(entry, errors.InstanceFailed("partition", message, stage="read"))
+            self._record(entry)
             return
         moved_to = feed.other_study(entry)
         self.ledger.read(entry, parts=2 if moved_to else 1)
@@ -278,27 +287,41 @@ class Worker:
             other.sequences.append(entry.sequence)
             other.reconcile("UIDs changed")
 
-    def _record(self, entry: feed.Entry, failed: errors.InstanceFailed) -> None:
+    def _elsewhere(self, entry: feed.ChangeFeedEntry) -> bool:
+        return entry.partition not in (None, self._options.dicom.partition or _DEFAULT_PARTITION)
+
+    def _record(self, entry: feed.Entry) -> None:
+        """A malformed entry, or another partition's: a failure and no more."""
+        if isinstance(entry, feed.Malformed):
+            failed = entry.error
+        else:
+            message = "the entry belongs to a data partition that this worker does not read (dicom.partition)"
+            failed = errors.InstanceFailed("partition", message, stage="read")
         key = (entry.series_uid, entry.sop_uid)
         failure = failure_of(failed, study_uid=entry.study_uid, key=key, sequence=entry.sequence)
         self.ledger.fail(failure, sequence=entry.sequence)
 
     async def _read_gaps(self) -> None:
-        """Look again for sequences that were skipped: the service may commit them late."""
+        """Look again for sequences that were skipped: the service may commit them late.
+
+        However long ago one was missed, it is given up only after one more look: a `sync` may come once a day.
+        """
         now = self._clock.now()
         gaps = await self.ledger.gaps()
-        self.ledger.give_up_on(sequence for sequence, since in gaps.items() if now - since > _GAP_MAY_FILL)
-        wanted = [sequence for sequence, since in gaps.items() if now - since <= _GAP_MAY_FILL]
+        wanted, late = list(gaps), set()
         while wanted:
             window = [sequence for sequence in wanted if sequence < wanted[0] + PAGE]
             wanted = wanted[len(window) :]
             width = window[-1] - window[0] + 1
             for entry in await self._dicom.page(window[0] - 1, width=width, metadata=False):
                 if entry.sequence in window and self.ledger.filled(entry.sequence):
-                    if isinstance(entry, feed.Malformed):
-                        self._record(entry, entry.error)
+                    late.add(entry.sequence)
+                    if isinstance(entry, feed.Malformed) or self._elsewhere(entry):
+                        self._record(entry)
                     else:
                         self._reconcile_soon(entry.study_uid, "late", sequence=entry.sequence)
+        over = (sequence for sequence, since in gaps.items() if now - since > _GAP_MAY_FILL)
+        self.ledger.give_up_on(sequence for sequence in over if sequence not in late)
 
     async def _retry_due(self) -> None:
         for study_uid in await self.ledger.due():
@@ -318,6 +341,7 @@ class Worker:
             for change in self._buffer:
                 change.urgent = True
         self._behind = False
+        self._head = self.ledger.latest if self._head is None else self._head
         self._progressed()
 
     # Settling -------------------------------------------------------------------------------------------------------
@@ -328,6 +352,12 @@ class Worker:
             for change in [change for change in self._buffer if change.held is None and not change.urgent]:
                 row, _ = await self._patiently(partial(self.ledger.study, change.study_uid))
                 change.held = row.instances if row and row.outcome == "synced" else 0
+
+    def _settle_demographics(self) -> None:
+        """Once all that was there at the start is settled, Patients without a row can be told old news from new."""
+        if self._head is not None and self.ledger.watermark.low >= self._head and self._links.behind:
+            for study_uid in self._links.caught_up():
+                self._reconcile_soon(study_uid, "demographics")
 
     def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
         if self._behind:
@@ -442,7 +472,9 @@ class Worker:
             log.warning("waiting", reason=str(failure))
         asked = failure.retry_after if isinstance(failure, errors.Unavailable) else 1.0
         self._pauses += 1
-        pause = asked if asked is not None else min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(self._pauses, 10))
+        pause = (
+            min(asked, _LONGEST_ASKED) if asked is not None else min(_LONGEST_PAUSE, 0.5 * 2.0 ** min(self._pauses, 10))
+        )
         if self._once:
             pause = min(pause, max(0.1, self._options.sync.patience - waited))
         await self._wait(pause * random.uniform(0.9, 1.1), moved=False)  # noqa: S311 - jitter

@@ -7,7 +7,7 @@ Readiness is red while the worker waits for a service or for the lease, and says
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import structlog
@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from dicomcast.clock import Clock
-from dicomcast.sync.worker import Worker
 
 _BEAT = 1.0
 _DEAD_AFTER = 60.0
@@ -27,17 +26,17 @@ log = structlog.get_logger("dicomcast.web")
 
 
 class Pulse:
-    """The heartbeat of the event loop, and the worker that it carries."""
+    """The heartbeat of the event loop, and what the worker on it waits for."""
 
     def __init__(self, *, clock: Clock):
         self._clock = clock
         self._beat = clock.monotonic()
-        self._worker: Worker | None = None
+        self._trouble: Callable[[], str | None] = lambda: "starting"
 
     @asynccontextmanager
-    async def beating(self, worker: Worker) -> AsyncIterator[None]:
-        """Beat while the worker works."""
-        self._worker = worker
+    async def beating(self, trouble: Callable[[], str | None]) -> AsyncIterator[None]:
+        """Beat while a worker works; `trouble` says what it waits for."""
+        self._trouble = trouble
         heart = asyncio.create_task(self._go_on())
         try:
             yield
@@ -56,9 +55,8 @@ class Pulse:
 
     def ready(self) -> dict[str, str]:
         """What keeps the worker from working; empty while it does."""
-        if self._worker is None:
-            return {"worker": "starting"}
-        return self.live() | ({"worker": self._worker.trouble} if self._worker.trouble else {})
+        trouble = self._trouble()
+        return self.live() | ({"worker": trouble} if trouble else {})
 
 
 @contextmanager

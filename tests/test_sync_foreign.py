@@ -1,0 +1,481 @@
+"""Other writers of the FHIR service: what they own stays, what they have is adopted, and what is ambiguous is said."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from hospital import SYSTEM, Hospital, Json, a_study, serving, uid
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dicomcast import sandbox as services
+
+
+@pytest.fixture
+def hospital(sandbox: services.Sandbox, fhir_url: str, tmp_path: Path) -> Iterator[Hospital]:
+    """On each FHIR service that there is."""
+    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def local(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
+    """On the sandbox's FHIR service alone."""
+    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
+    yield one
+    one.close()
+
+
+def a_patient(patient_id: str, **more: Json) -> Json:
+    return {
+        "resourceType": "Patient",
+        "identifier": [{"system": SYSTEM, "value": patient_id}],
+        "name": [{"family": "Electronic", "given": ["Record"]}],
+        "telecom": [{"system": "phone", "value": "1"}],
+        **more,
+    }
+
+
+# What others wrote into our resources
+
+
+def test_foreign_content_of_a_study_survives_every_change(hospital: Hospital) -> None:
+    study = a_study(instances=4, series=2)
+    hospital.send(*study[:3])
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    note = {"text": "seen by a person"}
+    tag = {"url": "http://example.com/weight", "valueDecimal": 1.5}
+    foreign = {"system": "http://example.com/order", "value": "17"}
+    shown |= {"note": [note], "extension": [tag], "identifier": [*shown["identifier"], foreign]}
+    shown["series"][0]["extension"] = [tag]
+    hospital.put(shown)
+
+    hospital.send(study[3])
+    hospital.sync()
+    hospital.modality.correct([uid(study[0])], {"StudyDescription": "second look"})
+    hospital.sync()
+
+    shown = hospital.study(uid(study[0]))
+    assert (shown["note"], shown["extension"]) == ([note], [tag])
+    assert foreign in shown["identifier"]
+    assert [one for one in shown["series"] if one.get("extension") == [tag]]
+    assert (shown["numberOfInstances"], shown["description"]) == (4, "second look")
+
+
+def test_a_foreign_decimal_survives_to_the_letter(local: Hospital) -> None:
+    study = a_study(instances=2)
+    local.send(study[0])
+    local.sync()
+    address = f"{local.fhir_url}/ImagingStudy/{local.study(uid(study[0]))['id']}"
+    text = local.http.get(address).text
+    extension = '"extension":[{"url":"http://example.com/weight","valueDecimal":1.500}],"status"'
+    edited = text.replace('"status"', extension, 1)
+    local.http.put(address, content=edited, headers={"Content-Type": "application/fhir+json"}).raise_for_status()
+    local.send(study[1])
+
+    assert local.sync() == {"updated": 1}
+
+    assert "1.500" in local.http.get(address).text
+
+
+def test_what_others_changed_of_ours_is_put_right(hospital: Hospital) -> None:
+    study = a_study(instances=3)
+    hospital.send(*study[:2])
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    del shown["series"][0]["instance"]
+    hospital.put({**shown, "numberOfInstances": 99, "description": "not so"})
+    hospital.send(study[2])
+
+    hospital.sync()
+
+    hospital.check(uid(study[0]))
+
+
+def test_a_study_that_somebody_deleted_comes_back_with_its_next_change(hospital: Hospital) -> None:
+    study = a_study(instances=3)
+    hospital.send(*study[:2])
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    hospital.http.delete(f"{hospital.fhir_url}/ImagingStudy/{shown['id']}").raise_for_status()
+    hospital.send(study[2])
+
+    hospital.sync()
+
+    hospital.check(uid(study[0]))
+
+
+def test_a_study_with_foreign_content_stays_without_series_when_it_ends(hospital: Hospital) -> None:
+    study = a_study(instances=2)
+    hospital.send(*study)
+    hospital.sync()
+    hospital.put({**hospital.study(uid(study[0])), "note": [{"text": "seen"}]})
+    hospital.modality.delete(uid(study[0]))
+
+    hospital.sync()
+
+    shown = hospital.study(uid(study[0]))
+    assert (shown["status"], shown["numberOfInstances"], shown["numberOfSeries"]) == ("cancelled", 0, 0)
+    assert "series" not in shown
+    assert shown["note"] == [{"text": "seen"}]
+
+    hospital.send(*study)
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    assert (shown["status"], shown["numberOfInstances"]) == ("available", 2)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "entered-in-error"])
+def test_a_study_may_be_kept_at_its_end(local: Hospital, end: str) -> None:
+    study = a_study(instances=2)
+    local.send(*study)
+    local.flags["imaging_study"] = {"end": end}
+    local.sync()
+    local.modality.delete(uid(study[0]))
+
+    local.sync()
+
+    assert local.study(uid(study[0]))["status"] == end
+
+
+# What is there already
+
+
+def test_an_imaging_study_of_a_predecessor_is_adopted(hospital: Hospital) -> None:
+    study = a_study(instances=2)
+    first = study[0]
+    patient = hospital.post(a_patient(str(first.PatientID)))
+    endpoint = hospital.post(
+        {
+            "resourceType": "Endpoint",
+            "status": "active",
+            "name": "DICOM WADO-RS endpoint",
+            "connectionType": {
+                "system": "http://terminology.hl7.org/CodeSystem/endpoint-connection-type",
+                "code": "dicom-wado-rs",
+            },
+            "payloadType": [{"text": "DICOM WADO-RS"}],
+            "address": f"{hospital.dicom_url}/v1",
+        }
+    )
+    old = hospital.post(
+        {
+            "resourceType": "ImagingStudy",
+            "identifier": [{"system": "urn:dicom:uid", "value": f"urn:oid:{uid(first)}"}],
+            "status": "available",
+            "subject": {"reference": f"Patient/{patient['id']}"},
+            "endpoint": [{"reference": f"Endpoint/{endpoint['id']}"}],
+            "series": [
+                {
+                    "uid": str(first.SeriesInstanceUID),
+                    "modality": {"system": "http://dicom.nema.org/resources/ontology/DCM", "code": "CT"},
+                    "instance": [
+                        {
+                            "uid": str(first.SOPInstanceUID),
+                            "sopClass": {"system": "urn:ietf:rfc:3986", "code": f"urn:oid:{first.SOPClassUID}"},
+                        }
+                    ],
+                }
+            ],
+        }
+    )
+    hospital.send(*study)
+
+    assert hospital.sync() == {"updated": 1}
+
+    shown = hospital.study(uid(first))
+    assert shown["id"] == old["id"]
+    assert shown["endpoint"] == [{"reference": f"Endpoint/{endpoint['id']}"}]
+    assert hospital.read(f"Endpoint/{endpoint['id']}")["identifier"]
+    assert hospital.read(f"Patient/{patient['id']}") == patient
+    hospital.check(uid(first))
+    hospital.modality.delete(uid(first))
+    hospital.sync()
+    assert hospital.study(uid(first))["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("form", ["{dicom}", "{dicom}/", "{dicom}/v1", "{dicom}/v1/"])
+def test_an_endpoint_with_our_address_is_adopted_however_it_is_written(local: Hospital, form: str) -> None:
+    local.post(
+        {
+            "resourceType": "Endpoint",
+            "status": "active",
+            "connectionType": {
+                "system": "http://terminology.hl7.org/CodeSystem/endpoint-connection-type",
+                "code": "dicom-wado-rs",
+            },
+            "payloadType": [{"text": "DICOM WADO-RS"}],
+            "address": form.format(dicom=local.dicom_url),
+        }
+    )
+    local.send(*a_study())
+
+    local.sync()
+
+    (endpoint,) = local.search("Endpoint")
+    assert endpoint["address"] == f"{local.dicom_url}/v1"
+    assert endpoint["identifier"]
+
+
+def test_a_patient_of_the_health_record_is_linked_and_not_changed(hospital: Hospital) -> None:
+    study = a_study(instances=2)
+    before = hospital.post(a_patient(str(study[0].PatientID)))
+    hospital.send(*study)
+    hospital.sync()
+    hospital.modality.correct([uid(study[0])], {"PatientName": "Other^Name"})
+
+    hospital.sync()
+
+    assert hospital.study(uid(study[0]))["subject"]["reference"] == f"Patient/{before['id']}"
+    assert hospital.read(f"Patient/{before['id']}") == before
+
+
+def test_a_patient_of_ours_that_somebody_edited_is_theirs_from_then_on(hospital: Hospital) -> None:
+    study = a_study(instances=2)
+    hospital.send(study[0])
+    hospital.sync()
+    (patient,) = hospital.patients(str(study[0].PatientID))
+    edited = hospital.put({**patient, "name": [{"family": "Edited"}]})
+    hospital.send(study[1])
+    hospital.sync()
+    hospital.modality.correct([uid(study[0])], {"PatientName": "Other^Name"})
+
+    hospital.sync()
+
+    assert hospital.read(f"Patient/{patient['id']}") == edited
+    hospital.check(uid(study[0]))
+
+
+def test_a_merged_patient_is_followed(hospital: Hospital) -> None:
+    study = a_study()
+    heir = hospital.post(a_patient("heir-" + str(study[0].PatientID)))
+    link = [{"other": {"reference": f"Patient/{heir['id']}"}, "type": "replaced-by"}]
+    hospital.post(a_patient(str(study[0].PatientID), active=False, link=link))
+    hospital.send(*study)
+
+    hospital.sync()
+
+    assert hospital.study(uid(study[0]))["subject"]["reference"] == f"Patient/{heir['id']}"
+
+
+def test_two_resources_for_one_study_are_a_failure_and_left_alone(hospital: Hospital) -> None:
+    study, sane = a_study(), a_study()
+    patient = hospital.post(a_patient("some-" + str(study[0].PatientID)))
+    twins = [
+        hospital.post(
+            {
+                "resourceType": "ImagingStudy",
+                "identifier": [{"system": "urn:dicom:uid", "value": f"urn:oid:{uid(study[0])}"}],
+                "status": "available",
+                "subject": {"reference": f"Patient/{patient['id']}"},
+            }
+        )
+        for _ in range(2)
+    ]
+    hospital.send(*study, *sane)
+
+    assert hospital.sync() == {"created": 1, "failed": 1}
+
+    assert hospital.kinds() == ["ambiguous"]
+    assert [hospital.read(f"ImagingStudy/{one['id']}") for one in twins] == twins
+    hospital.http.delete(f"{hospital.fhir_url}/ImagingStudy/{twins[0]['id']}").raise_for_status()
+    hospital.clock.skip(3600)
+    assert hospital.sync() == {"updated": 1}
+    assert hospital.failures() == []
+    hospital.check(uid(study[0]))
+
+
+def test_two_patients_with_one_identifier_are_a_failure(local: Hospital) -> None:
+    study = a_study()
+    for _ in range(2):
+        local.post(a_patient(str(study[0].PatientID)))
+    local.send(*study)
+
+    assert local.sync() == {"failed": 1}
+
+    assert local.kinds() == ["ambiguous"]
+    assert local.study(uid(study[0])) is None
+
+
+def test_a_study_under_another_patient_is_moved_to_its_own(local: Hospital) -> None:
+    study = a_study(instances=2)
+    local.send(study[0])
+    local.sync()
+    other = local.post(a_patient("somebody else"))
+    local.put({**local.study(uid(study[0])), "subject": {"reference": f"Patient/{other['id']}"}})
+    local.send(study[1])
+
+    local.sync()
+
+    local.check(uid(study[0]))
+
+
+# Somebody writes while we do
+
+
+class Rival:
+    """A FHIR service in front of another, where somebody else gets in before our writes, some `times`."""
+
+    def __init__(self, fhir_url: str, times: int, interfere: Callable[[], None]):
+        self._url = fhir_url
+        self._left = times
+        self._interfere = interfere
+
+    def app(self) -> Starlette:
+        methods = ["GET", "POST", "PUT", "DELETE"]
+        return Starlette(
+            routes=[
+                Route("/fhir", self._pass_on, methods=methods),
+                Route("/fhir/{path:path}", self._pass_on, methods=methods),
+            ]
+        )
+
+    async def _pass_on(self, request: Request) -> Response:
+        content = await request.body()
+        writes = request.method in ("PUT", "DELETE") or b'"transaction"' in content
+        if writes and self._left:
+            self._left -= 1
+            self._interfere()
+        address = (
+            self._url + request.url.path.removeprefix("/fhir") + (f"?{request.url.query}" if request.url.query else "")
+        )
+        kept = {
+            name: value
+            for name, value in request.headers.items()
+            if name not in ("host", "content-length", "accept-encoding")
+        }
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = await client.request(request.method, address, content=content, headers=kept)
+        passed = {name: value for name, value in answer.headers.items() if name in ("etag", "location", "content-type")}
+        return Response(answer.content, answer.status_code, passed)
+
+
+def test_a_foreign_edit_between_read_and_write_is_kept(local: Hospital) -> None:
+    study = a_study(instances=3)
+    local.send(*study[:2])
+    local.sync()
+    direct, count = local.fhir_url, iter(range(100))
+
+    def edit() -> None:
+        shown = local.study(uid(study[0]))
+        local.put({**shown, "note": [{"text": f"edit {next(count)}"}]})
+
+    local.send(study[2])
+    with serving(Rival(direct, 3, edit).app()) as url:
+        done = local.sync(fhir={"url": f"{url}/fhir"})
+
+    assert done == {"updated": 1}
+    shown = local.study(uid(study[0]))
+    assert (shown["note"], shown["numberOfInstances"]) == ([{"text": "edit 2"}], 3)
+
+
+def test_a_foreign_editor_who_never_stops_is_a_failure_for_later(local: Hospital) -> None:
+    study, sane = a_study(instances=3), a_study()
+    local.send(*study[:2])
+    local.sync()
+    count = iter(range(100))
+
+    def edit() -> None:
+        local.put({**local.study(uid(study[0])), "note": [{"text": f"edit {next(count)}"}]})
+
+    local.send(study[2])
+    with serving(Rival(local.fhir_url, 50, edit).app()) as url:
+        assert local.sync(fhir={"url": f"{url}/fhir"}) == {"failed": 1}
+    assert local.kinds() == ["conflict"]
+    local.send(*sane)
+    local.clock.skip(3600)
+
+    assert local.sync() == {"updated": 1, "created": 1}
+
+    assert local.failures() == []
+    assert local.study(uid(study[0]))["numberOfInstances"] == 3
+
+
+def test_somebody_who_creates_the_patient_first_is_not_overwritten(local: Hospital) -> None:
+    study = a_study()
+    local.send(*study)
+    made: list[Json] = []
+
+    def create() -> None:
+        made.append(local.post(a_patient(str(study[0].PatientID))))
+
+    with serving(Rival(local.fhir_url, 1, create).app()) as url:
+        local.sync(fhir={"url": f"{url}/fhir"})
+
+    (patient,) = local.patients(str(study[0].PatientID))
+    assert patient == made[0]
+    local.check(uid(study[0]))
+
+
+@pytest.mark.parametrize("series", [False, True], ids=["an instance", "the study"])
+def test_a_foreign_edit_while_a_delete_is_under_way_is_kept(local: Hospital, series: bool) -> None:
+    study = a_study(instances=2)
+    local.send(*study)
+    local.sync()
+
+    def edit() -> None:
+        local.put({**local.study(uid(study[0])), "note": [{"text": "edit"}]})
+
+    if series:
+        local.modality.delete(uid(study[0]))
+    else:
+        local.modality.delete(uid(study[0]), str(study[0].SeriesInstanceUID), str(study[0].SOPInstanceUID))
+    with serving(Rival(local.fhir_url, 1, edit).app()) as url:
+        local.sync(fhir={"url": f"{url}/fhir"})
+
+    shown = local.study(uid(study[0]))
+    assert (shown["note"], shown["numberOfInstances"]) == ([{"text": "edit"}], 0 if series else 1)
+
+
+# Policies for patients
+
+
+def test_lookup_parks_an_unknown_patient_and_links_it_when_it_is_there(local: Hospital) -> None:
+    study, known = a_study(instances=2), a_study()
+    local.post(a_patient(str(known[0].PatientID)))
+    local.send(*study, *known)
+    local.flags["patient"] = {"policy": "lookup"}
+
+    assert local.sync() == {"created": 1, "failed": 1}
+    ((kind, status),) = [(one["kind"], one["status"]) for one in local.failures()]
+    assert (kind, status) == ("patient-unknown", "retrying")
+    assert local.patients(str(study[0].PatientID)) == []
+
+    patient = local.post(a_patient(str(study[0].PatientID)))
+    local.clock.skip(3600)
+    assert local.sync() == {"created": 1}
+
+    assert local.study(uid(study[0]))["subject"]["reference"] == f"Patient/{patient['id']}"
+    assert local.read(f"Patient/{patient['id']}") == patient
+    assert local.failures() == []
+
+
+def test_identifier_only_reads_and_writes_no_patient(local: Hospital) -> None:
+    study = a_study()
+    local.send(*study)
+    local.flags["patient"] = {"policy": "identifier-only"}
+
+    assert local.sync() == {"created": 1}
+
+    assert local.search("Patient") == []
+    subject = local.study(uid(study[0]))["subject"]
+    assert "reference" not in subject
+    assert (subject["identifier"]["system"], subject["identifier"]["value"]) == (SYSTEM, study[0].PatientID)
+
+
+def test_create_or_update_writes_demographics_on_every_patient(local: Hospital) -> None:
+    study = a_study(PatientName="New^Name")
+    before = local.post(a_patient(str(study[0].PatientID)))
+    local.send(*study)
+    local.flags["patient"] = {"policy": "create-or-update"}
+
+    local.sync()
+
+    after = local.read(f"Patient/{before['id']}")
+    assert "New" in [one.get("family") for one in after["name"]]
+    assert after["telecom"] == before["telecom"]
