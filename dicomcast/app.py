@@ -24,6 +24,7 @@ from dicomcast.dicom.service import DicomService
 from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
+from dicomcast.sync import links
 from dicomcast.sync.worker import Worker
 
 Json = Any
@@ -181,7 +182,7 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
                     try:
                         async with pulse.beating(worker.trouble):
                             await worker.work()
-                    except errors.LeaseLost as lost:
+                    except (errors.LeaseLost, errors.Unavailable) as lost:
                         log.warning("standing by", reason=str(lost))
     return stop.signal or signal.SIGTERM
 
@@ -192,14 +193,14 @@ def _owner() -> str:
 
 
 def _addresses(options: settings.Settings) -> frozenset[str]:
-    """Addresses by which an Endpoint without our identifier is recognised, with and without version segment."""
+    """Addresses by which an Endpoint without our identifier is recognised."""
     bases = {
         options.dicom.public_url or options.dicom_root,
         options.dicom_root,
         options.dicom_identity,
         options.dicom.url,
     }
-    return frozenset({base.removesuffix("/v1").removesuffix("/v2") for base in bases} | bases)
+    return frozenset(links.plain_address(base) for base in bases)
 
 
 class _Stop(asyncio.Event):

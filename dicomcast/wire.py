@@ -14,8 +14,10 @@ for those to decide who can look at both services again. httpx logs URLs, and UR
 """
 
 import email.utils
+import functools
 import logging
 import re
+import ssl
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -47,6 +49,12 @@ def credentials(
     return httpx.BasicAuth(username, password or "") if username is not None else None
 
 
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    """The authorities that vouch for servers, read once: that takes longer than a sync with nothing to do."""
+    return httpx.create_ssl_context()
+
+
 class _Bearer(httpx.Auth):
     def __init__(self, token: str):
         self._token = token
@@ -66,7 +74,10 @@ class Service:
         self._clock = clock
         self._timeout = timeout
         self._client = httpx.AsyncClient(
-            auth=auth, timeout=timeout, limits=httpx.Limits(max_connections=128, max_keepalive_connections=32)
+            auth=auth,
+            verify=_trusted(),
+            timeout=timeout,
+            limits=httpx.Limits(max_connections=128, max_keepalive_connections=32),
         )
 
     async def close(self) -> None:

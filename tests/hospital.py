@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -66,11 +66,10 @@ class Hospital:
     flags: dict[str, dict[str, Json]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.modality = modality.Modality(self.dicom_url)
-        self.http = httpx.Client(timeout=60)
+        self.http = httpx.Client(timeout=60, verify=False)  # reading the authorities takes longer than most tests
+        self.modality = modality.Modality(self.dicom_url, client=self.http)
 
     def close(self) -> None:
-        self.modality.close()
         self.http.close()
 
     def options(self, **sections: dict[str, Json]) -> settings.Settings:
@@ -266,6 +265,14 @@ class Hospital:
             return "\n".join(db.iterdump())
 
 
+def until(ready: Callable[[], object]) -> None:
+    """Wait for what must happen; a process that hangs is a failure."""
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def plain(resource: Json) -> Json:
     return {name: value for name, value in resource.items() if name not in ("id", "meta", "text")}
 
@@ -279,9 +286,10 @@ def a_study(
 ) -> list[pydicom.Dataset]:
     """A study that nobody has seen before, its own patient unless one is named; `values` by keyword for all of it."""
     seed = random.getrandbits(60)
-    datasets = modality.synthesise(
+    made = modality.synthesise(
         modality_code, instances=instances, series=series, seed=seed, patient_id=patient_id or f"P{seed}"
     )
+    datasets = [copy.deepcopy(one) for one in made]  # they share what they have in common
     for dataset in datasets:
         for keyword, value in values.items():
             setattr(dataset, keyword, value)

@@ -5,15 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pydicom
 import pytest
-from hospital import PROGRAM, Hospital, Scripted, a_study, entry_of, json_of, serving, uid
+from hospital import PROGRAM, Hospital, Scripted, a_study, entry_of, json_of, serving, uid, until
 
 from dicomcast import sandbox as services
 from dicomcast.sandbox import modality
@@ -57,14 +56,6 @@ def mapped(*arguments: str | Path, content: bytes = b"") -> tuple[int, Json, str
     return done.returncode, json.loads(done.stdout), done.stderr.decode()
 
 
-def until(ready: Callable[[], object]) -> None:
-    """Wait for what must happen; a process that hangs is a failure."""
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 # sync
 
 
@@ -99,7 +90,7 @@ def test_sync_ends_with_3_where_a_service_is_away(hospital: Hospital) -> None:
     hospital.send(*a_study())
 
     for more in ({"DICOMCAST_FHIR__URL": NOBODY}, {"DICOMCAST_DICOM__URL": NOBODY}):
-        code, out, err = run(hospital, "sync", "--format", "json", DICOMCAST_SYNC__PATIENCE="0.5", **more)
+        code, out, err = run(hospital, "sync", "--format", "json", DICOMCAST_SYNC__PATIENCE="0.1", **more)
         assert (code, out) == (3, "")
         assert "Nothing was skipped" in err
 
@@ -108,7 +99,7 @@ def test_sync_ends_with_3_where_a_service_denies_us(hospital: Hospital) -> None:
     hospital.send(*a_study())
     hospital.fault("fhir", status=401)
 
-    code, _, err = run(hospital, "sync", DICOMCAST_SYNC__PATIENCE="0.5")
+    code, _, err = run(hospital, "sync", DICOMCAST_SYNC__PATIENCE="0.1")
 
     assert code == 3
     assert "401" in err
@@ -145,9 +136,9 @@ def test_sync_ends_with_2_where_fhir_is_no_fhir_r4(hospital: Hospital) -> None:
 def test_sync_ends_with_4_where_another_worker_holds_the_lease(hospital: Hospital) -> None:
     hospital.send(*a_study())
     hospital.fault("fhir", latency=30, times=1)
-    with hospital.dicomcast("sync") as first:
+    with hospital.dicomcast("sync"):
         until(hospital.log)
-        code, _, _ = run(hospital, "sync", DICOMCAST_SYNC__PATIENCE="0.5")
+        code, _, _ = run(hospital, "sync", DICOMCAST_SYNC__PATIENCE="0.1")
         lease = said(hospital, "status")["lease"]
 
     assert code == 4
@@ -157,7 +148,7 @@ def test_sync_ends_with_4_where_another_worker_holds_the_lease(hospital: Hospita
 # Ends that nobody chose
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(3))
 def test_a_worker_that_is_killed_is_made_good_by_the_next(hospital: Hospital, at: int) -> None:
     study, other = a_study(instances=4, series=2), a_study()
     hospital.send(*study[:3])
@@ -165,11 +156,11 @@ def test_a_worker_that_is_killed_is_made_good_by_the_next(hospital: Hospital, at
     hospital.send(study[3], *other)
     hospital.modality.delete(uid(study[0]), str(study[0].SeriesInstanceUID), str(study[0].SOPInstanceUID))
     hospital.log(clear=True)
-    # The answer is on its way when the process dies: what was asked for has happened.
-    hospital.fault("fhir", latency=0.0, status=500, when="after", skip=at, times=1)
-    hospital.fault("fhir", latency=30)
+    # What was asked for has happened, and the process dies before it can know.
+    hospital.fault("fhir", status=500, when="after", skip=at, times=1)
+    hospital.fault("fhir", latency=30, skip=at + 1)
     with hospital.dicomcast("sync", DICOMCAST_SYNC__LEASE="1") as process:
-        until(lambda: len(hospital.log()) > at)
+        until(lambda: len(hospital.log()) > at + 1)
         process.kill()
         process.communicate()
     hospital.heal()
@@ -284,13 +275,8 @@ def test_status_before_and_after_the_first_sync(hospital: Hospital) -> None:
 
     assert before["feed"].keys() == after["feed"].keys()
     assert before["feed"]["watermark"] is None
-    assert after["feed"] == {
-        "url": hospital.dicom_url,
-        "watermark": 3,
-        "latest": 3,
-        "lag_entries": 0,
-        "lag_seconds": 0,
-    } | {name: value for name, value in after["feed"].items() if name not in before["feed"]}
+    wanted = {"url": hospital.dicom_url, "watermark": 3, "latest": 3, "lag_entries": 0, "lag_seconds": 0}
+    assert after["feed"].items() >= wanted.items()
     assert after["studies"] == {"synced": 2}
     assert (before["failures"], after["failures"]) == ({"open": 0, "by_kind": {}},) * 2
     assert after["lease"]["held"] is False
@@ -326,19 +312,18 @@ def test_failures_are_listed_and_filtered(hospital: Hospital) -> None:
         *("sequence", "rule", "tag", "message", "attempts", "first_seen", "last_seen", "next_retry"),
     }
     assert (row["kind"], row["status"], row["sequence"], row["attempts"]) == ("unknown-action", "open", 2, 1)
+    assert said(hospital, "failures", "list", "--status", "open", "--study", uid(study[0])) == [row]
     assert said(hospital, "failures", "list", "--kind", "other") == []
-    assert said(hospital, "failures", "list", "--status", "resolved") == []
-    assert said(hospital, "failures", "list", "--study", uid(study[0])) == [row]
-    assert said(hospital, "failures", "list", "--study", "1.2.3") == []
 
 
 @pytest.mark.parametrize("form", ["table", "csv"])
 def test_other_forms_of_output_say_the_same(hospital: Hospital, form: str) -> None:
     hospital.send(*a_study())
-    outputs = [run(hospital, *verb, "--format", form) for verb in (("sync",), ("status",), ("failures", "list"))]
 
-    assert [code for code, _, _ in outputs] == [0, 0, 0]
-    assert "watermark" in outputs[0][1]
+    code, out, _ = run(hospital, "sync", "--format", form)
+
+    assert code == 0
+    assert "watermark" in out
 
 
 # Configuration
@@ -409,9 +394,9 @@ def files_of(folder: Path, datasets: list[pydicom.Dataset]) -> list[Path]:
 def test_files_are_mapped_the_same_in_any_order(tmp_path: Path) -> None:
     paths = files_of(tmp_path / "in", [*a_study(instances=5, series=2), *a_study("MR", instances=2)])
 
-    results = [mapped(*paths), mapped(*reversed(paths)), mapped(tmp_path / "in"), mapped(*paths, *paths)]
+    results = [mapped(*paths), mapped(*reversed(paths)), mapped(tmp_path / "in", *paths)]
 
-    assert [code for code, _, _ in results] == [0] * 4
+    assert [code for code, _, _ in results] == [0] * 3
     assert all(bundle == results[0][1] for _, bundle, _ in results)
     bundle = results[0][1]
     assert (bundle["resourceType"], bundle["type"]) == ("Bundle", "collection")
@@ -429,23 +414,22 @@ def test_one_instance_with_two_contents_is_mapped_the_same_in_any_order(tmp_path
 
 
 def test_dicom_json_is_mapped_like_the_files_it_came_from(tmp_path: Path) -> None:
-    study = a_study(instances=3)
+    study = a_study(instances=5)
     datasets = [json_of(one) for one in study]
-    page = [entry_of(one, number) for number, one in enumerate(study, 1)]
-    gone = {**page[0], "sequence": 9, "action": "Delete", "state": "Deleted"}
-    del gone["metadata"]
-    forms = {"array": datasets, "page": [*page, gone], "entry": page[0], "object": datasets[0]}
+    gone = {**entry_of(study[0], 9, action="Delete", state="Deleted", metadata=None)}
+    forms = {
+        "object": datasets[0],
+        "array": datasets[1:2],
+        "entry": entry_of(study[2], 1),
+        "page": [gone, entry_of(study[3], 2)],
+    }
     for name, value in forms.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    read = json.dumps(datasets[4]).encode()
 
     _, wanted, _ = mapped(*files_of(tmp_path / "files", study))
-    _, alone, _ = mapped(*files_of(tmp_path / "files", study[:1]))
 
-    assert mapped(tmp_path / "array.json")[:2] == (0, wanted)
-    assert mapped(tmp_path / "page.json")[:2] == (0, wanted)
-    assert mapped(tmp_path / "entry.json")[:2] == (0, alone)
-    assert mapped("-", content=json.dumps(datasets).encode())[:2] == (0, wanted)
-    assert mapped(tmp_path / "object.json")[:2] == (0, alone)
+    assert mapped("-", *(tmp_path / f"{name}.json" for name in forms), content=read)[:2] == (0, wanted)
 
 
 def test_what_cannot_be_mapped_is_listed_without_values_and_the_rest_is_printed(tmp_path: Path) -> None:
@@ -539,7 +523,7 @@ def test_no_patient_data_is_said_of_an_outage(hospital: Hospital) -> None:
     hospital.send(*a_study(patient_id="QZPLANTEDID"))
     hospital.fault("fhir", path="fhir(/Patient.*)?$", status=503, body="QZPLANTEDID")
 
-    code, out, err = run(hospital, "sync", DICOMCAST_LOG__LEVEL="debug", DICOMCAST_SYNC__PATIENCE="0.5")
+    code, out, err = run(hospital, "sync", DICOMCAST_LOG__LEVEL="debug", DICOMCAST_SYNC__PATIENCE="0.1")
 
     assert code == 3
     assert "QZ" not in out + err + hospital.dump()

@@ -87,7 +87,7 @@ def step(hospital: Hospital, folder: Path, what: str, place: tuple[int, int], va
 
 @hypothesis.given(st.lists(STEPS, min_size=4, max_size=16), st.sampled_from([1, 4]), st.booleans())
 @hypothesis.settings(
-    max_examples=25,
+    max_examples=15,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 def test_fhir_is_a_function_of_the_living_instances(

@@ -1,12 +1,14 @@
 """Services that fail: one fault at every request in turn, outages, crashes. What FHIR shows in the end is the same."""
 
 import asyncio
-import time
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import stack
 from hospital import Hospital, Json, a_study, uid
 
 from dicomcast import app, errors
@@ -28,17 +30,33 @@ NEW = modality.synthesise("CT", instances=3, seed=14, patient_id="three")
 
 
 @contextmanager
-def a_hospital(tmp_path: Path) -> Iterator[Hospital]:
-    with services.start() as box:
-        database = tmp_path / f"{time.monotonic_ns()}.db"
-        one = Hospital(box.dicom_url, box.fhir_url, f"sqlite:///{database}", patience=100_000)
+def a_hospital(folder: Path, ports: tuple[int, int]) -> Iterator[Hospital]:
+    """One whose services and database live in `folder`."""
+    with services.start(data=folder, dicom_port=ports[0], fhir_port=ports[1]) as box:
+        one = Hospital(box.dicom_url, box.fhir_url, f"sqlite:///{folder}/state.db", patience=100_000)
         one.flags["sync"] = {"parallel": 1}
-        # Everything that names the service differs from run to run but for these.
-        one.flags["dicom"] = {"public_url": "http://pacs.example/v1"}
         try:
             yield one
         finally:
             one.close()
+
+
+@dataclass(frozen=True)
+class Script:
+    """Where the services stand before the sync that is disturbed, what FHIR shows after it, how many requests it is."""
+
+    folder: Path
+    ports: tuple[int, int]
+    content: list[Json]
+    requests: dict[str, int]
+
+    @contextmanager
+    def played(self, copy: Path) -> Iterator[Hospital]:
+        """All as it stands, once more."""
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.folder, copy)
+        with a_hospital(copy, self.ports) as hospital:
+            yield hospital
 
 
 def before(hospital: Hospital) -> None:
@@ -54,30 +72,19 @@ def change(hospital: Hospital) -> None:
     hospital.modality.correct([uid(MOVED[0])], {"PatientID": "four", "PatientName": "Four^Patient"})
 
 
-def content(hospital: Hospital) -> list[Json]:
-    """All of FHIR, with what differs between runs made equal."""
-    found = hospital.content()
-    endpoints = [one for one in found if one["resourceType"] == "Endpoint"]
-    assert len(endpoints) == 1
-    for one in found:
-        if one["resourceType"] == "Endpoint":
-            one["identifier"] = "ours"
-    return found
-
-
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Json], dict[str, int]]:
-    """What FHIR shows in the end, and how many requests each service got in the second sync."""
-    with a_hospital(tmp_path_factory.mktemp("undisturbed")) as hospital:
+def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
+    folder, ports = tmp_path_factory.mktemp("script"), (stack.free_port(), stack.free_port())
+    with a_hospital(folder, ports) as hospital:
         before(hospital)
         change(hospital)
-        hospital.log("dicom", clear=True)
-        hospital.log("fhir", clear=True)
+    played = Script(folder, ports, [], {})
+    with played.played(tmp_path_factory.mktemp("undisturbed") / "copy") as hospital:
         hospital.sync()
-        counts = {service: len(hospital.log(service)) for service in ("dicom", "fhir")}
+        requests = {service: len(hospital.log(service)) for service in ("dicom", "fhir")}
         for study in (OLD, MOVED, GONE, NEW):
             hospital.check(uid(study[0]))
-        return content(hospital), counts
+        return replace(played, content=hospital.content(), requests=requests)
 
 
 @pytest.mark.parametrize(
@@ -86,40 +93,33 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Json], d
     + [("fhir", fault) for fault in ("reset before", "reset after", "500 after", "429", "truncated")],
 )
 def test_one_fault_at_any_request_changes_nothing_in_the_end(
-    undisturbed: tuple[list[Json], dict[str, int]], tmp_path: Path, service: str, fault: str
+    script: Script, tmp_path: Path, service: str, fault: str
 ) -> None:
-    wanted, counts = undisturbed
-    assert counts[service] >= 5
-    for at in range(counts[service]):
-        with a_hospital(tmp_path) as hospital:
-            before(hospital)
-            change(hospital)
+    assert script.requests[service] >= 5
+    for at in range(script.requests[service]):
+        with script.played(tmp_path / "copy") as hospital:
             hospital.fault(service, **FAULTS[fault], skip=at, times=1)
 
             hospital.sync()
 
-            assert content(hospital) == wanted, f"request {at + 1}"
+            assert hospital.content() == script.content, f"request {at + 1}"
             assert hospital.kinds() == [], f"request {at + 1}"
             assert hospital.watermark() == hospital.latest(), f"request {at + 1}"
 
 
 @pytest.mark.parametrize("service", ["dicom", "fhir"])
 def test_a_worker_that_is_cancelled_at_any_request_is_made_good_by_the_next(
-    undisturbed: tuple[list[Json], dict[str, int]], tmp_path: Path, service: str
+    script: Script, tmp_path: Path, service: str
 ) -> None:
-    wanted, counts = undisturbed
-    for at in range(counts[service]):
-        with a_hospital(tmp_path) as hospital:
-            before(hospital)
-            change(hospital)
-            hospital.log(service, clear=True)
+    for at in range(script.requests[service]):
+        with script.played(tmp_path / "copy") as hospital:
             hospital.fault(service, latency=60, skip=at, times=1)
             asyncio.run(_cancelled(hospital, service, at + 1))
             hospital.heal()
 
             hospital.sync()
 
-            assert content(hospital) == wanted, f"request {at + 1}"
+            assert hospital.content() == script.content, f"request {at + 1}"
 
 
 async def _cancelled(hospital: Hospital, service: str, requests: int) -> None:
@@ -143,7 +143,7 @@ def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
 
 
 @pytest.mark.parametrize("service", ["dicom", "fhir"])
-@pytest.mark.parametrize("answer", [500, 502, 503, 504, 429, 408, 401, 403, "drop"])
+@pytest.mark.parametrize("answer", [500, 503, 403, "drop"])
 def test_an_outage_moves_no_watermark_and_parks_nothing(hospital: Hospital, service: str, answer: Json) -> None:
     old, new = a_study(), a_study(instances=2)
     hospital.send(*old)
@@ -162,7 +162,7 @@ def test_an_outage_moves_no_watermark_and_parks_nothing(hospital: Hospital, serv
     hospital.check(uid(new[0]))
 
 
-@pytest.mark.parametrize("answer", [500, 503, 401, 429])
+@pytest.mark.parametrize("answer", [500, 429])
 def test_an_outage_of_fhir_that_begins_after_the_start_parks_nothing(hospital: Hospital, answer: int) -> None:
     studies = [a_study() for _ in range(6)]
     hospital.send(*(one for study in studies for one in study))

@@ -381,7 +381,7 @@ class Store:
         """The feed's row."""
         with self._transaction() as connection:
             row = connection.execute(sa.select(tables.feed).where(tables.feed.c.name == name)).first()
-            return dict(row._mapping) if row else None
+            return _plain(row) if row else None
 
     def now(self) -> datetime:
         """The clock that leases are measured by."""
@@ -410,7 +410,7 @@ class Store:
             row = connection.execute(
                 sa.select(table).where(table.c.feed_id == feed_id, table.c.study_instance_uid == study_uid)
             ).first()
-            return dict(row._mapping) if row else None
+            return _plain(row) if row else None
 
     def failures(
         self,
@@ -428,9 +428,7 @@ class Store:
         if study_uid:
             chosen.append(table.c.study_instance_uid == study_uid)
         with self._transaction() as connection:
-            return [
-                dict(row._mapping) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))
-            ]
+            return [_plain(row) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))]
 
     def issues(self, feed_id: int, *, study_uid: str | None = None) -> list[Row]:
         """Issues by rule, tag, VR and reason, with the number of instances that have them."""
@@ -441,7 +439,7 @@ class Store:
             chosen.append(table.c.study_instance_uid == study_uid)
         query = sa.select(*columns, sa.func.sum(table.c.count).label("instances")).where(*chosen)
         with self._transaction() as connection:
-            return [dict(row._mapping) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
+            return [_plain(row) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
@@ -497,6 +495,11 @@ def _prepare_sqlite(connection: Any, _: Any) -> None:
 
 def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("alone") else "BEGIN")
+
+
+def _plain(row: Any) -> Row:
+    """By column name. SQLAlchemy's names may be a kind of `str` that orjson takes for no key."""
+    return {str(name): value for name, value in row._mapping.items()}
 
 
 def _without_feed(row: Any) -> Row:

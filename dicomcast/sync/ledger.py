@@ -88,7 +88,7 @@ class Ledger:
             self.latest = self.position.latest
 
     async def keep(self) -> None:
-        """Renew the lease for ever; raises `LeaseLost` when that is over."""
+        """Renew the lease for ever; raises `LeaseLost` where it was taken, `Unavailable` where it ran out."""
         while True:
             await self._clock.sleep(self._seconds / 4)
             asked = self._clock.monotonic()
@@ -96,7 +96,7 @@ class Ledger:
                 await asyncio.to_thread(self._store.renew, self.lease, seconds=self._seconds)
             except errors.Unavailable:
                 if self._clock.monotonic() > self._held_until:
-                    raise errors.LeaseLost("the lease ran out while the database was away") from None
+                    raise
             else:
                 self._held_until = asked + self._seconds
 

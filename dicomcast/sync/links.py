@@ -4,6 +4,7 @@ Searches are hints and ETags the truth: a stale hit ends in a conflict, and a co
 """
 
 import asyncio
+import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -215,7 +216,7 @@ class Links:
             alike = [
                 one
                 for one in by_connection
-                if str(one.resource.get("address")).rstrip("/") in self._addresses
+                if plain_address(str(one.resource.get("address"))) in self._addresses
                 and one.resource.get("connectionType", {}).get("code") == "dicom-wado-rs"
             ]
             found = min(alike, key=lambda one: one.id, default=None)
@@ -239,6 +240,11 @@ def _study_query(study_uid: str) -> Query:
 
 def _of_study(hits: list[Held], study_uid: str) -> Held | None:
     return _one(hits, "urn:dicom:uid", f"urn:oid:{study_uid}")
+
+
+def plain_address(address: str) -> str:
+    """An address without version segment and trailing slash: DicomCast's had neither, others have either."""
+    return re.sub(r"/v[0-9][^/]*(?=/|$)", "", address).rstrip("/")
 
 
 async def _alone(stack: AsyncExitStack, lock: asyncio.Lock, known: Callable[[], bool]) -> None:
