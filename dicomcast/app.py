@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 import structlog
@@ -24,7 +24,7 @@ from dicomcast.dicom.service import DicomService
 from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
-from dicomcast.sync import links
+from dicomcast.sync.ledger import Outcome
 from dicomcast.sync.worker import Worker
 
 Json = Any
@@ -45,7 +45,6 @@ def configure_logging(options: settings.Log) -> None:
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.dict_tracebacks if not text else structlog.dev.set_exc_info,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[options.level.upper()]),
@@ -69,11 +68,10 @@ def rules(options: settings.Settings) -> mapping.Mapping:
 
 
 @contextmanager
-def state(options: settings.Settings, *, clock: Clock | None = None) -> Iterator[store.Store]:
-    """The state database, its schema checked."""
-    with closing(store.Store(options.database.url, clock=clock or Clock())) as opened:
-        opened.open()
-        yield opened
+def known(options: settings.Settings) -> Iterator[tuple[store.Store, store.Row | None]]:
+    """The state database and the feed's row, for questions; None where nothing was ever synced (nothing is made)."""
+    with closing(store.Store(options.database.url, clock=Clock())) as opened:
+        yield opened, opened.feed(options.feed_name) if opened.exists() else None
 
 
 @asynccontextmanager
@@ -120,7 +118,7 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
     clock = clock or Clock()
     compiled = rules(options)
     began = clock.monotonic()
-    with state(options, clock=clock) as opened, _stop_on_signals() as stop:
+    with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
         async with services(options, clock=clock) as (dicom, fhir):
             worker = Worker(
                 options,
@@ -130,7 +128,6 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
                 state=opened,
                 clock=clock,
                 owner=_owner(),
-                addresses=_addresses(options),
                 once=True,
                 stop=stop,
                 progress=progress or (lambda watermark, latest: None),
@@ -143,16 +140,12 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
             report = {
                 "watermark": ledger.watermark.low,
                 "entries": ledger.entries,
-                "studies": {word: studies.count(word) for word in OUTCOMES},
+                "studies": {word: studies.count(word) for word in get_args(Outcome)},
                 "failures": {"opened": ledger.opened, "open": sum(failures.values())},
                 "requests": {"dicom": dicom.requests, "fhir": fhir.requests},
                 "seconds": round(clock.monotonic() - began, 3),
             }
             return Synced(report, failed=ledger.failed > 0, stopped=stop.signal)
-
-
-OUTCOMES = ("created", "updated", "unchanged", "deleted", "failed")
-"""What may become of a study in one call."""
 
 
 async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
@@ -162,7 +155,7 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
     settings.require_patient_system(options)
     clock = clock or Clock()
     compiled = rules(options)
-    with state(options, clock=clock) as opened, _stop_on_signals() as stop:
+    with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
         pulse = health.Pulse(clock=clock)
         with health.serving(pulse, host=options.web.host, port=options.web.port):
             async with services(options, clock=clock) as (dicom, fhir):
@@ -175,7 +168,6 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
                         state=opened,
                         clock=clock,
                         owner=_owner(),
-                        addresses=_addresses(options),
                         once=False,
                         stop=stop,
                     )
@@ -190,17 +182,6 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
 def _owner() -> str:
     """Who holds the lease, for people: host, process, and a part that no restart repeats."""
     return f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-
-
-def _addresses(options: settings.Settings) -> frozenset[str]:
-    """Addresses by which an Endpoint without our identifier is recognised."""
-    bases = {
-        options.dicom.public_url or options.dicom_root,
-        options.dicom_root,
-        options.dicom_identity,
-        options.dicom.url,
-    }
-    return frozenset(links.plain_address(base) for base in bases)
 
 
 class _Stop(asyncio.Event):
@@ -232,10 +213,9 @@ def _stop_on_signals() -> Iterator[_Stop]:
 
 def status(options: settings.Settings) -> dict[str, Json]:
     """Where the feed is, how many studies and failures there are, and who holds the lease."""
-    with state(options) as opened:
-        feed = opened.feed(options.feed_name)
+    with known(options) as (opened, feed):
         if feed is None:
-            nothing = dict.fromkeys(("watermark", "latest", "lag_entries", "lag_seconds", "trouble"))
+            nothing = dict.fromkeys(("watermark", "latest", "lag_entries", "lag_seconds", "seen_at", "trouble"))
             return {
                 "feed": {"url": options.dicom.url, **nothing},
                 "studies": {},
@@ -254,6 +234,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
             "latest": feed["latest"],
             "lag_entries": behind,
             "lag_seconds": round((now - since).total_seconds(), 1) if behind and since else 0,
+            "seen_at": feed["seen_at"],
             "trouble": feed["trouble"],
         },
         "studies": studies,
@@ -265,17 +246,16 @@ def status(options: settings.Settings) -> dict[str, Json]:
 def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
     """What became of one study, and what is wrong with it."""
     columns = ("imaging_study", "patient", "series", "instances", "last_sequence", "mapping_digest", "synced_at")
-    with state(options) as opened:
-        feed = opened.feed(options.feed_name)
+    with known(options) as (opened, feed):
         row = opened.study_row(feed["id"], study_uid) if feed else None
         failures = opened.failures(feed["id"], study_uid=study_uid) if feed else []
         issues = opened.issues(feed["id"], study_uid=study_uid) if feed else []
-    known = row or {}
-    outcome = known.get("outcome") or ("failed" if failures else "unknown")
+    found = row or {}
+    outcome = found.get("outcome") or ("failed" if failures else "unknown")
     return {
         "study_instance_uid": study_uid,
         "outcome": outcome,
-        **{name: known.get(name) for name in columns},
+        **{name: found.get(name) for name in columns},
         "failures": [_public(failure) for failure in failures],
         "issues": issues,
     }
@@ -285,8 +265,7 @@ def failures(
     options: settings.Settings, *, status: str | None, kind: str | None, study_uid: str | None
 ) -> list[dict[str, Json]]:
     """Failure rows; without `status`, those that are not over."""
-    with state(options) as opened:
-        feed = opened.feed(options.feed_name)
+    with known(options) as (opened, feed):
         if feed is None:
             return []
         statuses = (status,) if status else store.ATTENTION
@@ -300,8 +279,7 @@ def _public(failure: store.Row) -> dict[str, Json]:
 
 def issues(options: settings.Settings) -> list[dict[str, Json]]:
     """What was left out or guessed, by rule, tag and reason."""
-    with state(options) as opened:
-        feed = opened.feed(options.feed_name)
+    with known(options) as (opened, feed):
         return opened.issues(feed["id"]) if feed else []
 
 

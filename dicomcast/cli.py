@@ -10,6 +10,7 @@ import csv
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -81,6 +82,11 @@ def main() -> None:
     except errors.LeaseLost as lost:
         _say(f"{lost}. Nothing was skipped.")
         code = 4
+    except Exception as bug:
+        # No traceback: it quotes what it can find. The place is what a report needs.
+        frame = traceback.extract_tb(bug.__traceback__)[-1]
+        _say(f"Internal error: {type(bug).__name__} at {frame.filename}:{frame.lineno}. Please report it.")
+        code = 2
     sys.exit(code)
 
 
@@ -260,6 +266,8 @@ def demo(
     """Show the whole of it: a sandbox, real studies, a sync, a correction and a delete. Needs nothing."""
     from dicomcast import demo as show
 
+    if output is Format.CSV:
+        raise typer.BadParameter("the demo has table and json", param_hint="--format")
     with _progress("Syncing") as progress:
         return show.run(console=_stdout(), as_json=output is Format.JSON, keep=keep, progress=progress)
 

@@ -25,7 +25,12 @@ from collections.abc import Sequence
 
 
 class Error(Exception):
-    """Root of everything that dicomcast raises on purpose."""
+    """Root of everything that dicomcast raises on purpose.
+
+    `partial`: something of what was asked for together was done before this went wrong.
+    """
+
+    partial = False
 
 
 class NeedsPerson(Error):

@@ -255,6 +255,12 @@ class Settings(BaseSettings):
         return f"{self.dicom.url}/{self.dicom_version}" + self._partition
 
     @property
+    def dicom_addresses(self) -> frozenset[str]:
+        """Addresses by which an Endpoint without our identifier is recognised."""
+        bases = {self.dicom.public_url or self.dicom_root, self.dicom_root, self.dicom_identity, self.dicom.url}
+        return frozenset(plain_address(base) for base in bases)
+
+    @property
     def dicom_version(self) -> str:
         """`v1` or `v2`."""
         return "v1" if self.dicom.version == "auto" else self.dicom.version
@@ -285,6 +291,11 @@ def load(config: Path | None = None, *, flags: Mapping[str, Any] | None = None, 
     if problems:
         raise errors.Misconfigured(problems)
     return loaded
+
+
+def plain_address(address: str) -> str:
+    """An address without version segment and trailing slash: DicomCast's had neither, others have either."""
+    return re.sub(r"/v[0-9][^/]*(?=/|$)", "", address).rstrip("/")
 
 
 def require_patient_system(settings: Settings) -> None:

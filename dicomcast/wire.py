@@ -7,7 +7,8 @@
 | 429, 503 (with `Retry-After`) | `Unavailable` | `Unavailable` |
 | 401, 403 | `Denied` | `Denied` |
 | 409, 412 | `Conflict` | `Conflict` |
-| any other 3xx, 4xx | `Rejected` | `Rejected` |
+| 400, 404, 405, 406, 410, 413, 414, 415, 422, 501 | `Rejected` | `Rejected` |
+| anything else (a login page's 302, 424, 431, 507 ...) | `Unavailable` | `Unavailable` |
 
 Reads are tried three times before `Unavailable` is raised; a write is never resent here: what to do about it is
 for those to decide who can look at both services again. httpx logs URLs, and URLs hold PatientIDs: its logger is off.
@@ -36,6 +37,9 @@ logging.getLogger("httpx").setLevel(logging.CRITICAL)
 logging.getLogger("httpcore").setLevel(logging.CRITICAL)
 
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+_REFUSALS = frozenset({400, 404, 405, 406, 410, 413, 414, 415, 422, 501})
+_CONNECT = 10.0
+"""Seconds until a connection must stand."""
 _LONGEST_WAIT_HERE = 5.0
 """Seconds: a service that asks for more than this is a matter for the pipeline's pause."""
 
@@ -76,7 +80,7 @@ class Service:
         self._client = httpx.AsyncClient(
             auth=auth,
             verify=_trusted(),
-            timeout=timeout,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT)),
             limits=httpx.Limits(max_connections=128, max_keepalive_connections=32),
         )
 
@@ -115,7 +119,8 @@ class Service:
 
         The timeout grows with the body: 60 s per MB beside the service's own.
         """
-        timeout = self._timeout + 60.0 * len(content or b"") / 1e6
+        seconds = self._timeout + 60.0 * len(content or b"") / 1e6
+        timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT))
         async with self._failures(write=True):
             response = await self._send(method, path, headers=headers, content=content, timeout=timeout)
         self._check(response, also=(), write=True)
@@ -157,12 +162,12 @@ class Service:
         try:
             yield
         except _NEVER_SENT as failure:
-            raise errors.Unavailable(self.name, f"no connection ({type(failure).__name__})") from None
+            raise errors.Unavailable(self.name, f"no connection ({type(failure).__name__})") from failure
         except (httpx.TransportError, httpx.DecodingError, httpx.StreamError) as failure:
             reason = f"no usable answer ({type(failure).__name__})"
             if write:
                 raise errors.OutcomeUnknown(f"{self.name}: {reason}") from None
-            raise errors.Troubled(self.name, reason) from None
+            raise errors.Troubled(self.name, reason) from failure
         except httpx.InvalidURL:
             raise errors.Unavailable(self.name, "an unusable address") from None
 
@@ -199,13 +204,16 @@ def error_of(
         return errors.OutcomeUnknown(f"{service}: {reason}") if write else errors.Troubled(service, reason)
     if status in (409, 412):
         return errors.Conflict(f"{service}: {reason}")
-    return errors.Rejected(status, code=code)
+    if status in _REFUSALS:
+        return errors.Rejected(status, code=code)
+    return errors.Unavailable(service, reason)
 
 
 def _worth_another_try(failure: BaseException) -> bool:
     return (
         isinstance(failure, errors.Unavailable)
         and not isinstance(failure, errors.Denied)
+        and not isinstance(failure.__cause__, httpx.TimeoutException)  # it has had its time
         and (failure.retry_after is None or failure.retry_after <= _LONGEST_WAIT_HERE)
     )
 

@@ -468,7 +468,7 @@ def test_feed_may_be_taken_up_at_a_time(box: sandbox.Sandbox) -> None:
     send(box, 1)
 
     def before(*moment: int) -> Any:
-        return ask(box.dicom_url, lambda client: client.before(datetime(*moment, tzinfo=UTC)))
+        return ask(box.dicom_url, lambda client: client.before(datetime(*moment, tzinfo=UTC), newest=3))
 
     assert [before(2023, 1, 1), before(2024, 1, 1, 1), before(2024, 1, 2), before(2024, 1, 3)] == [0, 2, 2, 3]
 
@@ -479,12 +479,12 @@ def test_feed_taken_up_at_a_time_loses_no_entry_whose_sequence_is_lower_but_time
     control(box, "clock", now="2024-01-02T00:00:00Z")
     send(box, 1)
 
-    assert ask(box.dicom_url, lambda client: client.before(datetime(2024, 1, 2, tzinfo=UTC))) == 0
+    assert ask(box.dicom_url, lambda client: client.before(datetime(2024, 1, 2, tzinfo=UTC), newest=3)) == 0
 
 
 def test_time_at_which_a_page_cannot_be_read_is_an_outage() -> None:
     with scripted.serving(lambda _: scripted.Answer(200, b"<html>")) as gateway, pytest.raises(errors.Unavailable):
-        ask(gateway.url, lambda client: client.before(datetime(2024, 1, 2, tzinfo=UTC)))
+        ask(gateway.url, lambda client: client.before(datetime(2024, 1, 2, tzinfo=UTC), newest=3))
 
 
 def test_study_gives_the_metadata_of_all_its_instances(box: sandbox.Sandbox) -> None:

@@ -348,7 +348,7 @@ def test_feeds_do_not_see_each_other(state: store.Store, lease: store.Lease) -> 
     )
 
     assert (state.study(other, "1.2.3"), state.gaps(other), state.failures(other.feed_id)) == ((None, False), {}, [])
-    commit(state, other, reconciled={"1.2.3": "mapped"}, closed_gaps={4})
+    commit(state, other, reconciled={"1.2.3": ("mapped", 9)}, closed_gaps={4})
     assert (list(state.gaps(lease)), len(state.failures(lease.feed_id))) == ([4], 1)
 
 
@@ -405,7 +405,7 @@ def test_feed_is_current_when_nothing_newer_is_known(
     commit(state, lease, store.Position(0, 5, 5, None))
     then = clock.now()
     clock.advance(60)
-    commit(state, lease, store.Position(0, 5, 9, None))
+    state.commit(lease, store.Position(0, 5, 9, None), store.Effects(), seen_at=clock.now())
 
     feed = state.feed(FEED)
     assert feed is not None
@@ -494,7 +494,7 @@ def test_entries_of_other_partitions_are_one_row_per_sequence_and_no_study_of_ou
 ) -> None:
     foreign = a_failure(kind="partition", stage="read")
     commit(state, lease, studies={"1.2.3": a_study()}, failures=[foreign, replace(foreign, sequence=8)])
-    commit(state, lease, reconciled={"1.2.3": "mapped"})
+    commit(state, lease, reconciled={"1.2.3": ("mapped", 9)})
 
     assert rows(state, lease, "sequence", "status") == [(7, "open"), (8, "open")]
     assert (a_study(), False) == state.study(lease, "1.2.3")
@@ -509,6 +509,10 @@ def test_what_heals_is_tried_again_after_ever_longer_pauses(
         (status, due) = rows(state, lease, "status", "next_retry")[0]
         assert status == "retrying"
         pauses.append((due - clock.now()).total_seconds())
+        commit(state, lease, failures=[a_failure(heals=True)])  # another change of the study is no retry
+
+        assert rows(state, lease, "next_retry")[0] == (due,)
+        clock.advance(pauses[-1])
 
     assert pauses == [60, 300, 1800, 7200, 21600, 21600, 21600]
 
@@ -544,7 +548,7 @@ def test_reconcile_resolves_all_failures_of_its_study_but_those_it_met(
     elsewhere = a_failure(study_instance_uid="1.2.4")
     commit(state, lease, failures=[mended, stays, elsewhere])
     clock.advance(5)
-    commit(state, lease, failures=[stays], reconciled={"1.2.3": "mapped"})
+    commit(state, lease, failures=[stays], reconciled={"1.2.3": ("mapped", 9)})
 
     assert [("resolved", "mapped", None, clock.now())] == rows(
         state, lease, "status", "resolution", "next_retry", "last_seen", statuses=["resolved"]
@@ -557,7 +561,7 @@ def test_reconcile_resolves_all_failures_of_its_study_but_those_it_met(
 
 def test_failure_after_its_resolution_is_a_new_row(state: store.Store, lease: store.Lease) -> None:
     commit(state, lease, failures=[a_failure()])
-    commit(state, lease, reconciled={"1.2.3": "deleted"})
+    commit(state, lease, reconciled={"1.2.3": ("deleted", 9)})
 
     assert commit(state, lease, failures=[a_failure()]) == 1
     assert rows(state, lease, "status", "resolution", "attempts", statuses=["open", "resolved"]) == [
@@ -569,7 +573,7 @@ def test_failure_after_its_resolution_is_a_new_row(state: store.Store, lease: st
 def test_thousands_of_failures_stay_and_go_in_one_commit(state: store.Store, lease: store.Lease) -> None:
     many = [a_failure(sop_instance_uid=f"1.2.3.1.{at}") for at in range(600)]
     commit(state, lease, failures=many)
-    commit(state, lease, failures=many[1:-1], reconciled={"1.2.3": "mapped"})
+    commit(state, lease, failures=many[1:-1], reconciled={"1.2.3": ("mapped", 9)})
 
     assert (len(state.failures(lease.feed_id)), len(state.failures(lease.feed_id, statuses=["resolved"]))) == (598, 2)
 
@@ -589,7 +593,7 @@ def test_failures_are_found_by_status_kind_and_study(state: store.Store, lease: 
 def test_study_knows_whether_failures_of_it_are_open(state: store.Store, lease: store.Lease) -> None:
     commit(state, lease, studies={"1.2.3": a_study()}, failures=[a_failure()])
     during = state.study(lease, "1.2.3")
-    commit(state, lease, reconciled={"1.2.3": "mapped"})
+    commit(state, lease, reconciled={"1.2.3": ("mapped", 9)})
 
     assert ((a_study(), True), (a_study(), False)) == (during, state.study(lease, "1.2.3"))
 
@@ -620,7 +624,7 @@ def test_issues_add_up_until_a_reconcile_replaces_them(state: store.Store, lease
     commit(state, lease, issues={"1.2.3": Counter({ISSUE: 2, other: 1}), "1.2.4": Counter({ISSUE: 5})})
     commit(state, lease, issues={"1.2.3": Counter({ISSUE: 3})})
     before = counted()
-    commit(state, lease, reconciled={"1.2.3": "mapped"}, issues={"1.2.3": Counter({ISSUE: 1})})
+    commit(state, lease, reconciled={"1.2.3": ("mapped", 9)}, issues={"1.2.3": Counter({ISSUE: 1})})
 
     assert (before, counted()) == ([("00200060", 5), ("00080020", 1)], [("00200060", 1)])
     assert [row["instances"] for row in state.issues(lease.feed_id)] == [6]
@@ -650,7 +654,7 @@ def test_effects_that_waited_end_as_if_they_had_been_committed_one_by_one(
             store.Effects(
                 studies={"1.2.3": a_study(version="4")},
                 failures=[a_failure(sop_instance_uid="1.2.3.1.9")],
-                reconciled={"1.2.3": "mapped"},
+                reconciled={"1.2.3": ("mapped", 9)},
                 issues={"1.2.3": Counter({ISSUE: 1}), "1.2.4": Counter({ISSUE: 1})},
                 closed_gaps={4},
             ),

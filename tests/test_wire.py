@@ -80,8 +80,7 @@ def always(status: int = 200, body: bytes = b"", **answer: Any) -> Callable[[Req
 # The table
 
 MEANINGS: dict[int, tuple[type[errors.Error], type[errors.Error]]] = {
-    301: (errors.Rejected, errors.Rejected),
-    304: (errors.Rejected, errors.Rejected),
+    302: (errors.Unavailable, errors.Unavailable),
     400: (errors.Rejected, errors.Rejected),
     401: (errors.Denied, errors.Denied),
     403: (errors.Denied, errors.Denied),
@@ -94,6 +93,7 @@ MEANINGS: dict[int, tuple[type[errors.Error], type[errors.Error]]] = {
     412: (errors.Conflict, errors.Conflict),
     413: (errors.Rejected, errors.Rejected),
     422: (errors.Rejected, errors.Rejected),
+    424: (errors.Unavailable, errors.Unavailable),
     429: (errors.Unavailable, errors.Unavailable),
     500: (errors.Troubled, errors.OutcomeUnknown),
     502: (errors.Troubled, errors.OutcomeUnknown),

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from dicomcast import errors
+from dicomcast.dicom import values
 
 Json = Any
 """A JSON value as Python has it."""
@@ -100,7 +101,7 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
 def _uid(value: object) -> str | None:
     """A UID (PS3.5 9.1); what is none goes into no path and no database."""
     uid = _text(value)
-    return uid if uid and re.fullmatch(r"[0-9.]{1,64}", uid) else None
+    return uid if uid and values.is_uid(uid) else None
 
 
 def _text(value: object) -> str | None:

@@ -52,8 +52,8 @@ class DicomService:
                 return feed.Malformed(int(named[1]), failed)
             raise errors.Unavailable("dicom", "the newest change feed entry can't be read") from None
 
-    async def before(self, moment: datetime) -> int:
-        """The sequence before the first entry recorded at `moment` or later; only v2 can say."""
+    async def before(self, moment: datetime, *, newest: int) -> int:
+        """The sequence before the first entry recorded at `moment` or later, else `newest`; only v2 can say."""
         # Times and sequences may disagree by what was committed side by side: the lowest of a page, not the first.
         params: dict[str, str | int] = {"startTime": moment.isoformat(), "limit": 200, "includeMetadata": "false"}
         try:
@@ -64,10 +64,7 @@ class DicomService:
             entries = _entries(orjson.loads(response.content))
         except ValueError:
             raise errors.Unavailable("dicom", "a change feed page can't be read") from None
-        if entries:
-            return entries[0].sequence - 1
-        latest = await self.latest()
-        return latest.sequence if latest else 0
+        return entries[0].sequence - 1 if entries else newest
 
     async def answers(self) -> bool:
         """Probe: whether the service is well just now, or only one read is not."""
@@ -94,12 +91,12 @@ class DicomService:
             if not metadata:
                 raise
             return await self.page(after, width=width, metadata=False)
-        content = response.content.strip()
-        if content and not content.startswith(b"["):
+        content = b"[]" if response.status_code == 204 else response.content.strip()
+        if not content.startswith(b"["):
             # A gateway's page or a message of the service: an outage, and no fault of any entry.
             raise errors.Unavailable("dicom", "a change feed page is not a list")
         try:
-            return _entries(orjson.loads(content or b"[]"), alone=after + 1 if width == 1 else None)
+            return _entries(orjson.loads(content), alone=after + 1 if width == 1 else None)
         except ValueError:
             if width == 1:
                 failed = errors.InstanceFailed("malformed-entry", "the entry is not JSON", stage="read")

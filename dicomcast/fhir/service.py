@@ -108,7 +108,11 @@ class FhirService:
         written: list[Written | None] = []
         addresses: dict[str, str] = {}
         for write in writes:
-            done = await self._interaction(write, addresses)
+            try:
+                done = await self._interaction(write, addresses)
+            except errors.Error as failure:
+                failure.partial = failure.partial or bool(written)
+                raise
             if done is not None:
                 addresses[write.full_url] = done.reference
             written.append(done)
@@ -257,7 +261,9 @@ def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) 
     if write.resource is None:
         return None
     if write.creates and status != 201:
-        raise errors.Conflict("fhir: somebody created it first")
+        conflict = errors.Conflict("fhir: somebody created it first")
+        conflict.partial = True
+        raise conflict
     body = body if isinstance(body, dict) else {}
     location = headers.get("location") or headers.get("content-location") or ""
     path = location.partition("?")[0].split("/")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -100,29 +101,34 @@ IssueKey = tuple[str, str, str, str]
 class Effects:
     """What one commit makes true, all of it or nothing.
 
-    `reconciled` maps a study to what still fails in it: its other failures are resolved, and its issues replaced.
+    `reconciled` maps a study to resolution and cut: its failures up to that sequence that are not in `failures` are
+    resolved, and its issues replaced.
     """
 
     studies: dict[str, Study] = field(default_factory=dict)
     patients: dict[str, Patient] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
-    reconciled: dict[str, str] = field(default_factory=dict)
+    reconciled: dict[str, tuple[str, int]] = field(default_factory=dict)
     issues: dict[str, Counter[IssueKey]] = field(default_factory=dict)
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
 
-    def reconcile(self, study_uid: str, resolution: str) -> None:
+    def reconcile(self, study_uid: str, resolution: str, *, cut: int) -> None:
         """A reconcile has the last word on a study: what was noted before is over. Other partitions are no study's."""
-        self.reconciled[study_uid] = resolution
+        self.reconciled[study_uid] = (resolution, cut)
         self.issues.pop(study_uid, None)
-        self.failures = [one for one in self.failures if one.study_instance_uid != study_uid or one.kind == "partition"]
+        self.failures = [
+            one
+            for one in self.failures
+            if one.study_instance_uid != study_uid or one.kind == "partition" or (one.sequence or 0) > cut
+        ]
 
     def follow(self, later: "Effects") -> None:
         """Add what came after, where these could not be committed."""
         self.studies |= later.studies
         self.patients |= later.patients
-        for study_uid, resolution in later.reconciled.items():
-            self.reconcile(study_uid, resolution)
+        for study_uid, (resolution, cut) in later.reconciled.items():
+            self.reconcile(study_uid, resolution, cut=cut)
         self.failures += later.failures
         for study_uid, counts in later.issues.items():
             self.issues.setdefault(study_uid, Counter()).update(counts)
@@ -136,7 +142,7 @@ class Store:
     def __init__(self, url: str, *, clock: Clock):
         self._clock = clock
         try:
-            self._engine = sa.create_engine(url, pool_pre_ping=True)
+            self._engine = sa.create_engine(url, pool_pre_ping=True, connect_args=_patience(sa.make_url(url)))
         except (sa.exc.ArgumentError, ImportError) as invalid:
             mend = "install dicomcast[postgres]" if isinstance(invalid, ImportError) else "see DICOMCAST_DATABASE__URL"
             raise errors.Misconfigured([f"database.url: {type(invalid).__name__}; {mend}"]) from None
@@ -150,6 +156,17 @@ class Store:
         """Make an empty database's tables. Raises `Incompatible` for a schema that is behind or ahead of us."""
         with self._transaction(alone=True) as connection:
             schema.prepare(connection)
+
+    def exists(self) -> bool:
+        """Whether there is a database of ours to ask. Makes nothing; raises `Incompatible` as `open` does."""
+        file = self._engine.url.database
+        if self._engine.dialect.name == "sqlite" and not (file and Path(file).exists()):
+            return False
+        with self._transaction() as connection:
+            if schema.current(connection) is None:
+                return False
+            schema.prepare(connection)
+        return True
 
     def upgrade(self) -> tuple[str | None, str]:
         """Bring the schema up to this version: revision before and after."""
@@ -175,7 +192,7 @@ class Store:
             connection.execute(self._insert(table).values(new).on_conflict_do_nothing(index_elements=["name"]))
             now = self._now(connection)
             before = connection.execute(sa.select(table.c.lease_owner).where(table.c.name == feed)).scalar_one()
-            free = sa.or_(table.c.lease_owner.is_(None), table.c.lease_until < now)
+            free = sa.or_(table.c.lease_owner.is_(None), table.c.lease_owner == owner, table.c.lease_until < now)
             taken = connection.execute(
                 sa.update(table)
                 .where(table.c.name == feed, free)
@@ -186,7 +203,7 @@ class Store:
             ).first()
         if taken is None:
             raise errors.LeaseHeld(f"another worker syncs the feed {feed}")
-        return Lease(taken.id, taken.token, owner, expired=before is not None)
+        return Lease(taken.id, taken.token, owner, expired=before not in (None, owner))
 
     def renew(self, lease: Lease, *, seconds: float) -> None:
         """Hold the lease for `seconds` from now. Raises `LeaseLost`."""
@@ -270,10 +287,18 @@ class Store:
 
     # What the worker commits ----------------------------------------------------------------------------------------
 
-    def commit(self, lease: Lease, position: Position, effects: Effects, *, trouble: str | None = None) -> int:
+    def commit(
+        self,
+        lease: Lease,
+        position: Position,
+        effects: Effects,
+        *,
+        trouble: str | None = None,
+        seen_at: datetime | None = None,
+    ) -> int:
         """Write effects and position in one transaction; the number of failures that this opened.
 
-        `trouble`: what the worker waits for. Raises `LeaseLost`.
+        `trouble`: what the worker waits for; `seen_at`: when the feed's newest entry was asked for. Raises `LeaseLost`.
         """
         now = self._clock.now()
         with self._transaction() as connection:
@@ -281,14 +306,13 @@ class Store:
                 "first": position.first,
                 "watermark": position.watermark,
                 "latest": position.latest,
-                "seen_at": now,
                 "trouble": trouble,
             }
             mark = position.mark or (None, None, None)
             values |= dict(zip(("mark_study_uid", "mark_sop_uid", "mark_timestamp"), mark, strict=True))
-            self._fenced(
-                connection, lease, **values, **({"current_at": now} if position.watermark >= position.latest else {})
-            )
+            values |= {"current_at": now} if position.watermark >= position.latest else {}
+            values |= {"seen_at": seen_at} if seen_at else {}
+            self._fenced(connection, lease, **values)
             feed_id = lease.feed_id
             self._upsert(connection, tables.study, feed_id, effects.studies.values())
             self._upsert(connection, tables.patient, feed_id, effects.patients.values())
@@ -303,14 +327,13 @@ class Store:
         kept: set[int] = set()
         for failure in effects.failures:
             known = self._open_failure(connection, feed_id, failure)
-            attempts = (known.attempts if known else 0) + 1
+            # Another change of the study is no retry: only an attempt whose time had come stretches the pause.
+            early = known is not None and known.next_retry is not None and known.next_retry > now
+            attempts = known.attempts + (not early) if known else 1
             values = asdict(failure)
             pause = timedelta(seconds=_RETRY_PAUSES[min(attempts, len(_RETRY_PAUSES)) - 1])
-            values |= {
-                "attempts": attempts,
-                "last_seen": now,
-                "next_retry": now + pause if values.pop("heals") else None,
-            }
+            due = known.next_retry if early else now + pause
+            values |= {"attempts": attempts, "last_seen": now, "next_retry": due if values.pop("heals") else None}
             values["status"] = "retrying" if values["next_retry"] else "open"
             if known:
                 connection.execute(sa.update(table).where(table.c.id == known.id).values(values))
@@ -319,12 +342,13 @@ class Store:
                 inserted = connection.execute(sa.insert(table).values(feed_id=feed_id, first_seen=now, **values))
                 kept.add((inserted.inserted_primary_key or (0,))[0])
                 opened += 1
-        for study_uid, resolution in effects.reconciled.items():
+        for study_uid, (resolution, cut) in effects.reconciled.items():
             of_study = sa.select(table.c.id).where(
                 table.c.feed_id == feed_id,
                 table.c.study_instance_uid == study_uid,
                 table.c.status.in_(ATTENTION),
                 table.c.kind != "partition",
+                sa.or_(table.c.sequence.is_(None), table.c.sequence <= cut),
             )
             over = sorted({row.id for row in connection.execute(of_study)} - kept)
             resolved = {"status": "resolved", "resolution": resolution, "last_seen": now, "next_retry": None}
@@ -340,11 +364,12 @@ class Store:
             table.c.kind == failure.kind,
             table.c.stage == failure.stage,
             table.c.study_instance_uid.is_not_distinct_from(failure.study_instance_uid),
+            table.c.series_instance_uid.is_not_distinct_from(failure.series_instance_uid),
             table.c.sop_instance_uid.is_not_distinct_from(failure.sop_instance_uid),
         ]
         if failure.study_instance_uid is None or failure.kind == "partition":
             alike.append(table.c.sequence == failure.sequence)
-        return connection.execute(sa.select(table.c.id, table.c.attempts).where(*alike)).first()
+        return connection.execute(sa.select(table.c.id, table.c.attempts, table.c.next_retry).where(*alike)).first()
 
     def _commit_issues(self, connection: sa.Connection, feed_id: int, effects: Effects) -> None:
         table = tables.issue
@@ -449,7 +474,9 @@ class Store:
         try:
             with self._engine.execution_options(alone=alone).begin() as connection:
                 yield connection
-        except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as failure:
+        except (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.DataError):
+            raise  # ours, not the database's
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as failure:
             cause = str(getattr(failure, "orig", None) or failure).splitlines() or [type(failure).__name__]
             raise errors.Unavailable("database", cause[0]) from failure
 
@@ -481,11 +508,16 @@ class Store:
             )
 
 
+def _patience(url: sa.URL) -> dict[str, int]:
+    """Seconds (and milliseconds) after which PostgreSQL's silence is an outage: libpq waits for ever."""
+    return {"connect_timeout": 5, "tcp_user_timeout": 15_000} if url.get_backend_name() == "postgresql" else {}
+
+
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     """Readers beside one writer, and a patient wait for the lock."""
     connection.isolation_level = None  # transactions begin below: the driver's own leave out DDL
     cursor = connection.cursor()
-    for pragma in ("busy_timeout=15000", "synchronous=NORMAL", "foreign_keys=ON"):
+    for pragma in ("busy_timeout=4000", "synchronous=NORMAL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     # Kept in the file; of several that meet a new one SQLite lets one switch, and the others do not wait for it.
     with contextlib.suppress(sqlite3.OperationalError):

@@ -23,8 +23,11 @@ class StudyChange:
     arrived: float
     touched: float
     sequences: list[int] = field(default_factory=list)
+    last_sequence: int = 0
+    """The newest change of it; 0 where there is none (a retry)."""
     instances: dict[InstanceKey, tuple[int, mapping.Instance]] = field(default_factory=dict)
-    without_metadata: dict[InstanceKey, int] = field(default_factory=dict)
+    without_metadata: dict[InstanceKey, int | None] = field(default_factory=dict)
+    """Entries that came without, by instance; None where it was deleted since."""
     failures: list[store.Failure] = field(default_factory=list)
     reason: str | None = None
     patient_key: tuple[str | None, str] | None = None
@@ -35,10 +38,10 @@ class StudyChange:
     urgent: bool = False
     """To be written without waiting for quiet."""
 
-    @property
-    def last_sequence(self) -> int:
-        """The newest change of it; 0 where there is none (a retry)."""
-        return max(self.sequences, default=0)
+    def note(self, *sequences: int) -> None:
+        """Entries that this settles."""
+        self.sequences += sequences
+        self.last_sequence = max(self.last_sequence, *sequences)
 
     def reconcile(self, reason: str) -> None:
         """Leave it to the exact road, which reads everything anew."""
@@ -49,14 +52,16 @@ class StudyChange:
     def absorb(self, later: "StudyChange") -> None:
         """Take over what came after, before the DICOM service is read."""
         self.sequences += later.sequences
+        self.last_sequence = max(self.last_sequence, later.last_sequence)
         self.without_metadata |= later.without_metadata
 
     def add(self, entry: feed.ChangeFeedEntry, rules: mapping.Mapping) -> None:
         """Reduce one entry. State first, action second."""
-        self.sequences.append(entry.sequence)
+        self.note(entry.sequence)
         key = (entry.series_uid, entry.sop_uid)
         if entry.action is not feed.Action.CREATE:
-            self.without_metadata.pop(key, None)
+            bare = entry.state is feed.State.CURRENT and entry.metadata is None
+            self.without_metadata[key] = entry.sequence if bare else None
             self.reconcile(entry.action.value)
         elif entry.state is feed.State.DELETED:
             pass  # its Delete entry follows, and settles it

@@ -6,16 +6,22 @@ or to the database unless a quarter of the lease is left on our own clock: fenci
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Literal
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from dicomcast import errors
 from dicomcast.clock import Clock
 from dicomcast.dicom import feed
 from dicomcast.state import store
 from dicomcast.sync.watermark import Watermark
+
+_T = TypeVar("_T")
+
+_BEAT = timedelta(seconds=30)
+"""At the head, commit that often even if nothing has happened: `status` can then tell idle from dead."""
 
 Outcome = Literal["created", "updated", "unchanged", "deleted", "failed"]
 
@@ -29,12 +35,14 @@ class Settled:
     failures: tuple[store.Failure, ...] = ()
     issues: Counter[store.IssueKey] = field(default_factory=Counter)
     resolution: Literal["mapped", "deleted"] | None = None
+    cut: int = 0
+    """The highest sequence read before the DICOM service was: what failed later is not for this to resolve."""
 
 
 class Ledger:
     """The state of one feed while this worker holds its lease."""
 
-    def __init__(self, state: store.Store, *, clock: Clock, seconds: float):
+    def __init__(self, state: store.Store, *, clock: Clock, seconds: float, tally: bool):
         self._store = state
         self._clock = clock
         self._seconds = seconds
@@ -51,8 +59,12 @@ class Ledger:
         self.opened = 0
         self.failed = 0
         self.trouble: str | None = None
-        self._noted: tuple[int, str | None] = (-1, None)
+        self._noted: tuple[int, str | None] | None = None
         self.outcomes: dict[str, Outcome] = {}
+        """What became of each study; kept only where somebody will ask (`tally`): a service runs for years."""
+        self._tally = tally
+        self._away: str | None = None
+        self._seen_at: datetime | None = None
 
     @property
     def lease(self) -> store.Lease:
@@ -75,7 +87,8 @@ class Ledger:
     # The lease ------------------------------------------------------------------------------------------------------
 
     async def open(self, feed_name: str, *, url: str, owner: str) -> None:
-        """Take the lease and read the position. Raises `LeaseHeld`."""
+        """Open the database, take the lease and read the position. Raises `LeaseHeld` and `Incompatible`."""
+        await asyncio.to_thread(self._store.open)
         asked = self._clock.monotonic()
         lease = await asyncio.to_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
         self._lease, self._held_until = lease, asked + self._seconds
@@ -94,15 +107,18 @@ class Ledger:
             asked = self._clock.monotonic()
             try:
                 await asyncio.to_thread(self._store.renew, self.lease, seconds=self._seconds)
-            except errors.Unavailable:
+            except errors.Unavailable as away:
+                self._away = away.reason
                 if self._clock.monotonic() > self._held_until:
                     raise
             else:
-                self._held_until = asked + self._seconds
+                self._held_until, self._away = asked + self._seconds, None
 
     def guard(self) -> None:
         """Before every FHIR write and every plan of one: a quarter of the lease must be left."""
         if self._clock.monotonic() > self._held_until - self._seconds / 4:
+            if self._away is not None:
+                raise errors.Unavailable("database", self._away)
             raise errors.LeaseLost("the lease has not been renewed in time")
 
     async def close(self) -> None:
@@ -128,11 +144,17 @@ class Ledger:
             self._marks[entry.sequence] = mark_of(entry)
         self.latest = max(self.latest, entry.sequence)
 
-    def filled(self, sequence: int) -> bool:
-        """Note an entry that filled a gap; False if it is being dealt with already."""
-        new = self.watermark.late(sequence)
-        self.entries += new
-        return new
+    def saw(self, latest: int) -> None:
+        """The DICOM service has said what its newest entry is."""
+        self.latest = max(self.latest, latest)
+        now = self._clock.now()
+        if self._seen_at is None or now - self._seen_at > _BEAT:
+            self._seen_at, self._noted = now, None
+
+    def filled(self, sequence: int, *, parts: int = 1) -> None:
+        """Note an entry that filled a gap."""
+        self.watermark.late(sequence, parts=parts)
+        self.entries += 1
 
     def give_up_on(self, sequences: Iterable[int]) -> None:
         """Gaps that nothing will fill any more."""
@@ -157,10 +179,6 @@ class Ledger:
                 return effects.patients[fhir_id]
         return await asyncio.to_thread(self._store.patient, self.lease, fhir_id)
 
-    def beat(self) -> None:
-        """At the head: commit even if nothing has happened, so that `status` can tell idle from dead."""
-        self._noted = (-1, None)
-
     async def due(self) -> list[str]:
         """Studies with a failure whose next retry has come."""
         return await asyncio.to_thread(self._store.due, self.lease)
@@ -182,13 +200,19 @@ class Ledger:
         self._effects.studies[study_uid] = settled.study
         self.failed += len(settled.failures)
         if settled.resolution:
-            self._effects.reconcile(study_uid, settled.resolution)
+            self._effects.reconcile(study_uid, settled.resolution, cut=settled.cut)
         self._effects.failures += settled.failures
         self._effects.issues.setdefault(study_uid, Counter()).update(settled.issues)
+        self._settle(sequences)
+        if not self._tally:
+            return
         before = self.outcomes.get(study_uid)
         stays = before == "created" and settled.outcome in ("updated", "unchanged")
         if not stays and not (before and settled.outcome == "unchanged"):
             self.outcomes[study_uid] = settled.outcome
+
+    def release(self, sequences: Iterable[int]) -> None:
+        """Entries whose effect has become somebody else's."""
         self._settle(sequences)
 
     def _settle(self, sequences: Iterable[int]) -> None:
@@ -204,13 +228,12 @@ class Ledger:
             mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
             position = store.Position(self.position.first, low, self.latest, mark)
             self._writing, self._effects = self._effects, store.Effects()
+            noted = (self.latest, self.trouble)
+            commit = partial(self._store.commit, trouble=self.trouble, seen_at=self._seen_at)
             try:
-                noted = (self.latest, self.trouble)
-                self.opened += await asyncio.to_thread(
-                    self._store.commit, self.lease, position, self._writing, trouble=self.trouble
-                )
+                self.opened += await _to_the_end(asyncio.to_thread(commit, self.lease, position, self._writing))
                 self._noted = noted
-            except errors.Unavailable:
+            except BaseException:
                 self._writing.follow(self._effects)
                 self._effects = self._writing
                 raise
@@ -218,6 +241,16 @@ class Ledger:
                 self._writing = None
             self.position = position
             self._marks = {sequence: mark for sequence, mark in self._marks.items() if sequence >= low}
+
+
+async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Await what runs in a thread to its end, also when cancelled meanwhile: only then is it known what it did."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def mark_of(entry: feed.ChangeFeedEntry) -> tuple[str, str, str]:

@@ -4,18 +4,18 @@ Searches are hints and ETags the truth: a stale hit ends in a conflict, and a co
 """
 
 import asyncio
-import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from dicomcast import errors, mapping
+from dicomcast import errors, mapping, settings
 from dicomcast.fhir import resources
 from dicomcast.fhir.resources import Held, Json, Write, Written
 from dicomcast.fhir.service import FhirService, Query, by_identifier
 from dicomcast.state import store
 from dicomcast.sync import plan
+from dicomcast.sync.changes import StudyChange
 from dicomcast.sync.ledger import Ledger
 
 PatientKey = tuple[str | None, str]
@@ -43,6 +43,8 @@ class _Deferred:
     study_uid: str
     shown: store.Patient | None
     """The Patient's row, if it shows these demographics already."""
+    sequences: list[int]
+    """Entries that are not settled before."""
 
 
 class Links:
@@ -122,7 +124,7 @@ class Links:
         return write.reference, write
 
     async def patient(
-        self, around: Around, wanted: Json, *, study_uid: str, sequence: int, exact: bool
+        self, around: Around, wanted: Json, *, change: StudyChange, sequence: int, exact: bool
     ) -> tuple[Json, Write | None]:
         """Reference to the study's subject, and what must be written for the Patient.
 
@@ -152,15 +154,14 @@ class Links:
         known = store.Patient(held.id, ours=ours, version=held.version, sequence=sequence)
         if row is None and self.behind:
             # A lost database: this study's entry may be older than what the Patient shows.
-            if around.key not in self._deferred or sequence >= self._deferred[around.key].sequence:
-                self._deferred[around.key] = _Deferred(sequence, study_uid, None if update else known)
+            self._defer(around.key, change, sequence=sequence, shown=None if update else known)
             return subject, None
         if update is not None and not exact:
             raise errors.Disagreement("patient")
         self._ledger.remember(known)
         if update is not None:
             # A version that we can't name yet: if we are killed between the write and its commit, it is still ours.
-            self._intended[around.key] = row or known
+            self._intended.setdefault(around.key, row or known)
             self._ledger.remember(replace(known, version=None))
             await self._ledger.commit()
         return subject, update
@@ -177,14 +178,34 @@ class Links:
             sequence = max(sequence, before.sequence if before else 0)
             self._ledger.remember(store.Patient(done.id, ours=True, version=done.version, sequence=sequence))
 
-    def caught_up(self) -> list[str]:
-        """No older change can come any more: the studies whose demographics a Patient should show and does not."""
+    @property
+    def held_back(self) -> set[int]:
+        """Entries of studies whose demographics wait."""
+        return {sequence for one in self._deferred.values() for sequence in one.sequences}
+
+    def caught_up(self) -> Iterator[tuple[str, list[int]]]:
+        """No older change can come any more: studies whose demographics a Patient should show and does not."""
         self.behind = False
         waiting, self._deferred = list(self._deferred.values()), {}
         for one in waiting:
             if one.shown is not None:
                 self._ledger.remember(one.shown)
-        return [one.study_uid for one in waiting if one.shown is None]
+            else:
+                yield one.study_uid, one.sequences
+
+    def _defer(self, key: PatientKey, change: StudyChange, *, sequence: int, shown: store.Patient | None) -> None:
+        """Keep the newest demographics of a patient in mind; while they are not shown, their entries stay unsettled."""
+        before = self._deferred.get(key)
+        if before is not None and before.sequence > sequence:
+            return
+        sequences: list[int] = []
+        if shown is None:
+            sequences, change.sequences = change.sequences, []
+        if before is not None and before.study_uid == change.study_uid and shown is None:
+            sequences = before.sequences + sequences
+        elif before is not None:
+            self._ledger.release(before.sequences)
+        self._deferred[key] = _Deferred(sequence, change.study_uid, shown, sequences)
 
     def _endpoint_queries(self) -> list[Query]:
         wanted = self._rules.endpoint()
@@ -216,7 +237,7 @@ class Links:
             alike = [
                 one
                 for one in by_connection
-                if plain_address(str(one.resource.get("address"))) in self._addresses
+                if settings.plain_address(str(one.resource.get("address"))) in self._addresses
                 and one.resource.get("connectionType", {}).get("code") == "dicom-wado-rs"
             ]
             found = min(alike, key=lambda one: one.id, default=None)
@@ -240,11 +261,6 @@ def _study_query(study_uid: str) -> Query:
 
 def _of_study(hits: list[Held], study_uid: str) -> Held | None:
     return _one(hits, "urn:dicom:uid", f"urn:oid:{study_uid}")
-
-
-def plain_address(address: str) -> str:
-    """An address without version segment and trailing slash: DicomCast's had neither, others have either."""
-    return re.sub(r"/v[0-9][^/]*(?=/|$)", "", address).rstrip("/")
 
 
 async def _alone(stack: AsyncExitStack, lock: asyncio.Lock, known: Callable[[], bool]) -> None:

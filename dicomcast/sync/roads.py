@@ -122,7 +122,8 @@ class Roads:
         held = await self._in_fhir(change.study_uid, row)
         if (later := absorb()) is not None:
             change.absorb(later)
-        archived = await self._in_dicom(change.study_uid)
+        cut = self._ledger.watermark.seen
+        archived = await self._in_dicom(change.study_uid, sequence=change.last_sequence or None)
         failures = self._still_missing(change, archived)
         if archived is not None and archived.instances:
             failures += archived.failures
@@ -133,9 +134,10 @@ class Roads:
                 settled = await self._write(
                     change, row, held, build, around=around, instances=archived.instances, exact=True
                 )
-            return replace(settled, failures=tuple(failures), resolution="mapped")
+            return replace(settled, failures=tuple(failures), resolution="mapped", cut=cut)
         failures += archived.failures if archived else []
-        return await self._end(change, row, held, failures=tuple(failures), gone=archived is None)
+        settled = await self._end(change, row, held, failures=tuple(failures), gone=archived is None)
+        return replace(settled, resolution="deleted", cut=cut)
 
     async def _in_fhir(self, study_uid: str, row: store.Study | None) -> Held | None:
         if row is not None and row.imaging_study is not None and row.outcome != "deleted":
@@ -144,7 +146,7 @@ class Roads:
                 return held
         return await self._links.study(study_uid)
 
-    async def _in_dicom(self, study_uid: str) -> Archived | None:
+    async def _in_dicom(self, study_uid: str, *, sequence: int | None) -> Archived | None:
         """The study's instances; None where two witnesses say that it is gone: metadata 404, and no search hit."""
         found: dict[tuple[str, str], mapping.Instance] = {}
         failures: list[store.Failure] = []
@@ -156,15 +158,15 @@ class Roads:
                         message = "metadata of this study names another Study Instance UID"
                         raise errors.InstanceFailed("invalid", message, stage="read", tag="0020000D")
                 except errors.InstanceFailed as failed:
-                    failures.append(failure_of(failed, study_uid=study_uid, key=_uids(dataset)))
+                    failures.append(failure_of(failed, study_uid=study_uid, key=_uids(dataset), sequence=sequence))
                 else:
                     found[instance.series_uid, instance.sop_uid] = instance
         except LookupError:
             if await self._dicom.lists(study_uid):
-                raise errors.Unavailable("dicom", "a study is listed but has no metadata") from None
+                raise errors.Unavailable("dicom", f"study {study_uid} is listed but has no metadata") from None
             return None
         if not found and not failures:
-            raise errors.Unavailable("dicom", "a study has metadata of no instance")
+            raise errors.Unavailable("dicom", f"study {study_uid} has metadata of no instance")
         return Archived(list(found.values()), failures)
 
     def _still_missing(self, change: StudyChange, archived: Archived | None) -> list[store.Failure]:
@@ -175,7 +177,7 @@ class Roads:
         return [
             failure_of(absent, study_uid=change.study_uid, key=key, sequence=sequence)
             for key, sequence in change.without_metadata.items()
-            if key not in there and key not in failed
+            if sequence is not None and key not in there and key not in failed
         ]
 
     async def _end(
@@ -187,20 +189,20 @@ class Roads:
         failures: tuple[store.Failure, ...],
         gone: bool,
     ) -> Settled:
-        """Nothing of the study can be shown any more: DELETE, or what the policy says."""
+        """Nothing of the study can be shown any more: DELETE if it is gone, else keep the resource without series."""
         self.forget(change.study_uid)
         self._ledger.guard()
         outcome: Outcome = "failed" if failures else "unchanged" if held is None else "deleted"
         kept: Held | None = None
         if held is not None:
             ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
-            stays = self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
+            stays = not gone or self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
             if stays or not await self._deleted(held):
                 kept = await self._ended(held)
-            elif gone and await self._dicom.lists(change.study_uid):
+            elif await self._dicom.lists(change.study_uid):
                 raise errors.Replan("the study came back while it was deleted")
         study = self._row(change, row, "failed" if failures else "cancelled" if kept else "deleted", kept)
-        return Settled(outcome, study, failures=failures, resolution="deleted")
+        return Settled(outcome, study, failures=failures)
 
     async def _deleted(self, held: Held) -> bool:
         """DELETE; False where others refer to the study (409 though nobody changed it)."""
@@ -251,7 +253,7 @@ class Roads:
         who = self._rules.patient(instances)
         endpoint, endpoint_write = self._links.endpoint(around)
         subject, patient_write = await self._links.patient(
-            around, who.resource, study_uid=change.study_uid, sequence=sequence, exact=exact
+            around, who.resource, change=change, sequence=sequence, exact=exact
         )
         built = build(subject, {"reference": endpoint})
         study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)

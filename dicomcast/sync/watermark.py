@@ -1,5 +1,6 @@
 """How far the feed is settled: the highest sequence below which nothing is under way."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 _EDGE = 50
@@ -16,17 +17,17 @@ class Watermark:
 
     seen: int
     _pending: dict[int, int] = field(default_factory=dict)
-    _late: set[int] = field(default_factory=set)
+    _late: dict[int, int] = field(default_factory=dict)
 
     @property
     def low(self) -> int:
         """The watermark. Entries are read in ascending order, so the first one pending is the lowest."""
         return next(iter(self._pending)) - 1 if self._pending else self.seen
 
-    @property
-    def idle(self) -> bool:
-        """Whether everything that was read is settled."""
-        return not self._pending and not self._late
+    def idle(self, *, but: Collection[int] = (), up_to: int | None = None) -> bool:
+        """Whether everything that was read (up to a sequence) is settled, `but` some."""
+        pending = (sequence for sequence in self._pending if up_to is None or sequence <= up_to)
+        return all(sequence in but for sequence in (*pending, *self._late))
 
     def read(self, sequence: int, *, parts: int = 1) -> list[int]:
         """Take note of an entry above all others; the sequences skipped before it that may still come.
@@ -40,21 +41,19 @@ class Watermark:
             return [*skipped[:_EDGE], *skipped[-_EDGE:]]
         return list(skipped)
 
-    def late(self, sequence: int) -> bool:
-        """Take note of an entry that filled a gap; False if it is being dealt with already."""
-        if sequence in self._late:
-            return False
-        self._late.add(sequence)
-        return True
+    def late(self, sequence: int, *, parts: int = 1) -> None:
+        """Take note of an entry that filled a gap."""
+        self._late[sequence] = parts
+
+    def is_late(self, sequence: int) -> bool:
+        """Whether a gap was filled by an entry that is being dealt with."""
+        return sequence in self._late
 
     def settle(self, sequence: int) -> bool:
         """An entry's effect is in FHIR, or its failure recorded; True where that closes a gap."""
-        if sequence in self._late:
-            self._late.remove(sequence)
-            return True
-        parts = self._pending[sequence] - 1
-        if parts:
-            self._pending[sequence] = parts
-        else:
-            del self._pending[sequence]
+        under_way = self._late if sequence in self._late else self._pending
+        under_way[sequence] -= 1
+        if under_way[sequence] == 0:
+            del under_way[sequence]
+            return under_way is self._late
         return False
