@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -224,7 +225,8 @@ def status(options: settings.Settings) -> dict[str, Json]:
             }
         now = opened.now()
         studies, failures = opened.counts(feed["id"])
-    behind = feed["latest"] - (feed["watermark"] or 0)
+    feed |= asyncio.run(_asked(options, now))
+    behind = max(0, feed["latest"] - (feed["watermark"] or 0))
     since = feed["current_at"] or feed["seen_at"]
     held = feed["lease_owner"] is not None and feed["lease_until"] > now
     return {
@@ -241,6 +243,16 @@ def status(options: settings.Settings) -> dict[str, Json]:
         "failures": {"open": sum(failures.values()), "by_kind": failures},
         "lease": {"owner": feed["lease_owner"], "until": feed["lease_until"], "held": held},
     }
+
+
+async def _asked(options: settings.Settings, now: datetime) -> dict[str, Json]:
+    """The newest entry as the DICOM service has it now; nothing where it does not say so within a few seconds."""
+    async with services(options, clock=Clock()) as (dicom, _):
+        try:
+            latest = await asyncio.wait_for(dicom.latest(), timeout=3)
+        except (TimeoutError, errors.Error):
+            return {}
+    return {"latest": latest.sequence if latest else 0, "seen_at": now}
 
 
 def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
@@ -273,8 +285,29 @@ def failures(
     return [_public(row) for row in rows]
 
 
+FAILURE_FIELDS = (
+    "id",
+    "status",
+    "kind",
+    "stage",
+    "study_instance_uid",
+    "series_instance_uid",
+    "sop_instance_uid",
+    "sequence",
+    "rule",
+    "tag",
+    "message",
+    "attempts",
+    "first_seen",
+    "last_seen",
+    "next_retry",
+    "resolution",
+)
+"""What is shown of a failure."""
+
+
 def _public(failure: store.Row) -> dict[str, Json]:
-    return {name: value for name, value in failure.items() if name not in ("feed_id", "resolution")}
+    return {name: failure[name] for name in FAILURE_FIELDS}
 
 
 def issues(options: settings.Settings) -> list[dict[str, Json]]:
@@ -356,7 +389,7 @@ def _datasets(paths: Sequence[str], unmapped: list[Unmapped]) -> Iterator[tuple[
     """DICOM JSON of everything that was named; what can't be read goes to `unmapped`."""
     from dicomcast.dicom import files
 
-    for path in _files(paths):
+    for path, named in _files(paths):
         if path == "-" or path.endswith(".json"):
             try:
                 content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -367,15 +400,19 @@ def _datasets(paths: Sequence[str], unmapped: list[Unmapped]) -> Iterator[tuple[
             try:
                 yield path, files.metadata(files.read(Path(path)))
             except (OSError, ValueError) as unreadable:
+                if not named and isinstance(unreadable, ValueError):
+                    continue  # a folder may hold more than DICOM
                 unmapped.append(Unmapped(path, f"can't be read as DICOM ({type(unreadable).__name__})", "unreadable"))
 
 
-def _files(paths: Sequence[str]) -> Iterator[str]:
+def _files(paths: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Every file, and whether it was named itself; a folder's DICOMDIR is its index, not an instance."""
     for path in paths:
         if path != "-" and Path(path).is_dir():
-            yield from (str(one) for one in sorted(Path(path).rglob("*")) if one.is_file())
+            found = sorted(one for one in Path(path).rglob("*") if one.is_file() and one.name != "DICOMDIR")
+            yield from ((str(one), False) for one in found)
         else:
-            yield path
+            yield path, True
 
 
 def _json_datasets(value: Json) -> Iterator[Json]:

@@ -59,6 +59,15 @@ class Format(StrEnum):
     CSV = "csv"
 
 
+class Status(StrEnum):
+    """What a failure has come to."""
+
+    OPEN = "open"
+    RETRYING = "retrying"
+    RESOLVED = "resolved"
+    DISMISSED = "dismissed"
+
+
 FormatOption = Annotated[Format, typer.Option("--format", help="table for people; json and csv for programs")]
 _config: Path | None = None
 
@@ -171,14 +180,14 @@ _FAILURE_COLUMNS = ("id", "status", "kind", "study_instance_uid", "sop_instance_
 
 @failures_app.command("list")
 def failures_list(
-    status: Annotated[str | None, typer.Option(help="open, retrying, resolved or dismissed; default: not over")] = None,
+    status: Annotated[Status | None, typer.Option(help="default: open and retrying")] = None,
     kind: Annotated[str | None, typer.Option(help="only this kind")] = None,
     study: Annotated[str | None, typer.Option(help="only this Study Instance UID")] = None,
     output: FormatOption = Format.TABLE,
 ) -> int:
     """List failures, oldest first."""
     rows = verbs.failures(_settings(unused=("fhir",)), status=status, kind=kind, study_uid=study)
-    columns = _FAILURE_COLUMNS if output is Format.TABLE else ()
+    columns = _FAILURE_COLUMNS if output is Format.TABLE else verbs.FAILURE_FIELDS
     _print(output, rows, rows, title="Failures", columns=columns, empty="No failures.")
     return 0
 
@@ -195,6 +204,8 @@ def map_(
     """Print the FHIR resources of DICOM data as a Bundle. Needs no service and no database."""
     bundle, unmapped = verbs.map_paths(_settings(unused=("dicom", "fhir")), paths)
     sys.stdout.buffer.write(orjson.dumps(bundle, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    if not bundle.get("entry") and not unmapped:
+        _say("No DICOM data found.")
     for one in unmapped:
         about = [f"study {one.study_uid}", f"instance {one.sop_uid}", f"rule {one.rule}", f"tag {one.tag}"]
         known = [text for text in about if not text.endswith(" None")]
@@ -315,7 +326,9 @@ def _print(
             table.add_row(name.replace("_", " "), _cell(rows[0][name]))
         _stdout().print(table)
     else:
-        table = rich.table.Table(*(name.replace("_", " ") for name in names), title=title, title_justify="left")
+        table = rich.table.Table(title=title, title_justify="left")
+        for name in names:
+            table.add_column(name.replace("_", " "), overflow="fold")  # a UID that is cut is of no use
         for row in rows:
             table.add_row(*(_cell(row[name]) for name in names))
         _stdout().print(table)

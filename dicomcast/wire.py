@@ -162,7 +162,7 @@ class Service:
         try:
             yield
         except _NEVER_SENT as failure:
-            raise errors.Unavailable(self.name, f"no connection ({type(failure).__name__})") from failure
+            raise errors.Unavailable(self.name, f"no connection to {self.url} ({type(failure).__name__})") from failure
         except (httpx.TransportError, httpx.DecodingError, httpx.StreamError) as failure:
             reason = f"no usable answer ({type(failure).__name__})"
             if write:
@@ -197,7 +197,7 @@ def error_of(
     """What an HTTP status means, by the table above; also for the entries of a batch or transaction."""
     reason = f"HTTP {status}"
     if status in (401, 403):
-        return errors.Denied(service, reason)
+        return errors.Denied(service, f"{reason}: see {service}.token, or {service}.username and password")
     if status in (429, 503):
         return errors.Unavailable(service, reason, retry_after=retry_after)
     if status in (408, 500, 502, 504):

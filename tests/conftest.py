@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import stack
+import structlog
 
 # No verdict on the speed of a machine; CI tries the same examples every time.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=os.environ.get("CI") == "true")
@@ -31,6 +32,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         _read_zone()
         yield
     _read_zone()
+    structlog.reset_defaults()
 
 
 def _read_zone() -> None:

@@ -146,4 +146,5 @@ def test_readiness_follows_the_services_and_liveness_does_not(sandbox: sandbox.S
         httpx.delete(f"{sandbox.dicom_url}/sandbox/faults").raise_for_status()
         becomes(f"{url}/readyz", 200)
 
-    assert (live, red.json()["problems"]) == (200, {"worker": "dicom: HTTP 401"})
+    denied = "dicom: HTTP 401: see dicom.token, or dicom.username and password"
+    assert (live, red.json()["problems"]) == (200, {"worker": denied})

@@ -724,9 +724,27 @@ def test_reader_sees_the_state_before_or_after_a_commit_and_nothing_between(
     assert (before, writer.position(lease).watermark) == (1, 2)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("url", ["sqlite:////nowhere/state.db", "postgresql+psycopg://nobody@127.0.0.1:{port}/none"])
-def test_database_that_is_away_is_unavailable(url: str, clock: virtual.Clock) -> None:
-    state = store.Store(url.format(port=stack.free_port()), clock=clock)
+@pytest.mark.parametrize("url", ["sqlite:////nowhere/state.db", "sqlite://", "mysql://somewhere/db", "state.db"])
+def test_database_url_that_cannot_be_right_is_misconfigured(url: str, clock: virtual.Clock) -> None:
+    with pytest.raises(errors.Misconfigured) as wrong:
+        store.Store(url, clock=clock)
+
+    assert "database.url" in str(wrong.value)
+
+
+def test_file_that_is_no_database_is_misconfigured(tmp_path: Path, clock: virtual.Clock) -> None:
+    (tmp_path / "notes.txt").write_text("no database, however long this text is", encoding="utf-8")
+    state = store.Store(f"sqlite:///{tmp_path}/notes.txt", clock=clock)
+
+    with pytest.raises(errors.Misconfigured) as wrong:
+        state.open()
+
+    assert "not a database" in str(wrong.value)
+    state.close()
+
+
+def test_database_that_is_away_is_unavailable(clock: virtual.Clock) -> None:
+    state = store.Store(f"postgresql+psycopg://nobody@127.0.0.1:{stack.free_port()}/none", clock=clock)
 
     with pytest.raises(errors.Unavailable) as away:
         state.open()

@@ -141,7 +141,10 @@ class DicomService:
         try:
             return await self._service.read("GET", path, params=params, headers=headers)
         except (errors.Rejected, errors.Conflict) as refused:
-            raise errors.Unavailable("dicom", f"{refused} to GET {path.partition('/studies')[0]}") from None
+            asked = self._service.url + path
+            raise errors.Unavailable(
+                "dicom", f"{refused} to {asked}; is dicom.url the address of a DICOM service?"
+            ) from None
 
 
 def _entries(raw: feed.Json, *, alone: int | None = None) -> list[feed.Entry]:

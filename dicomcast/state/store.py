@@ -93,6 +93,8 @@ class Failure:
     heals: bool = False
 
 
+_FORMS = "sqlite:///relative.db, sqlite:////absolute.db or postgresql+psycopg://user@host/name is what it takes"
+
 IssueKey = tuple[str, str, str, str]
 """Rule, tag, VR, reason."""
 
@@ -144,11 +146,12 @@ class Store:
         try:
             self._engine = sa.create_engine(url, pool_pre_ping=True, connect_args=_patience(sa.make_url(url)))
         except (sa.exc.ArgumentError, ImportError) as invalid:
-            mend = "install dicomcast[postgres]" if isinstance(invalid, ImportError) else "see DICOMCAST_DATABASE__URL"
+            mend = "install dicomcast[postgres]" if url.startswith("postgresql") else _FORMS
             raise errors.Misconfigured([f"database.url: {type(invalid).__name__}; {mend}"]) from None
         if self._engine.dialect.name not in ("sqlite", "postgresql"):
-            raise errors.Misconfigured(["database.url: only sqlite:// and postgresql+psycopg:// are supported"])
+            raise errors.Misconfigured([f"database.url: {_FORMS}"])
         if self._engine.dialect.name == "sqlite":
+            _check_file(self._engine.url.database)
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
             sa.event.listen(self._engine, "begin", _begin_sqlite)
 
@@ -477,6 +480,8 @@ class Store:
         except (sa.exc.IntegrityError, sa.exc.ProgrammingError, sa.exc.DataError):
             raise  # ours, not the database's
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as failure:
+            if type(orig := getattr(failure, "orig", None)) is sqlite3.DatabaseError:
+                raise errors.Misconfigured([f"database.url: {orig}"]) from None
             cause = str(getattr(failure, "orig", None) or failure).splitlines() or [type(failure).__name__]
             raise errors.Unavailable("database", cause[0]) from failure
 
@@ -511,6 +516,14 @@ class Store:
 def _patience(url: sa.URL) -> dict[str, int]:
     """Seconds (and milliseconds) after which PostgreSQL's silence is an outage: libpq waits for ever."""
     return {"connect_timeout": 5, "tcp_user_timeout": 15_000} if url.get_backend_name() == "postgresql" else {}
+
+
+def _check_file(path: str | None) -> None:
+    """A database in memory is another one for every connection, and SQLite makes no folder."""
+    if not path or path == ":memory:":
+        raise errors.Misconfigured(["database.url: state must outlive the process: name a file, sqlite:///state.db"])
+    if not Path(path).absolute().parent.is_dir():
+        raise errors.Misconfigured([f"database.url: there is no folder {Path(path).absolute().parent}"])
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:

@@ -12,6 +12,8 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+import structlog
+
 from dicomcast import errors
 from dicomcast.clock import Clock
 from dicomcast.dicom import feed
@@ -22,6 +24,8 @@ _T = TypeVar("_T")
 
 _BEAT = timedelta(seconds=30)
 """At the head, commit that often even if nothing has happened: `status` can then tell idle from dead."""
+
+log = structlog.get_logger("dicomcast.sync")
 
 Outcome = Literal["created", "updated", "unchanged", "deleted", "failed"]
 
@@ -228,7 +232,7 @@ class Ledger:
             mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
             position = store.Position(self.position.first, low, self.latest, mark)
             self._writing, self._effects = self._effects, store.Effects()
-            noted = (self.latest, self.trouble)
+            noted, opened = (self.latest, self.trouble), self.opened
             commit = partial(self._store.commit, trouble=self.trouble, seen_at=self._seen_at)
             try:
                 self.opened += await _to_the_end(asyncio.to_thread(commit, self.lease, position, self._writing))
@@ -239,6 +243,8 @@ class Ledger:
                 raise
             finally:
                 self._writing = None
+            if position.watermark != self.position.watermark:
+                log.info("committed", watermark=low, latest=self.latest, failures_opened=self.opened - opened)
             self.position = position
             self._marks = {sequence: mark for sequence, mark in self._marks.items() if sequence >= low}
 
