@@ -116,37 +116,40 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
     Raises `NeedsPerson`, `LeaseHeld`, and `Unavailable` when patience runs out; what was settled is kept.
     """
     settings.require_patient_system(options)
-    clock = clock or Clock()
     compiled = rules(options)
+    clock = clock or Clock()
     began = clock.monotonic()
     with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
         async with services(options, clock=clock) as (dicom, fhir):
-            worker = Worker(
+            worker = _worker(
                 options,
+                compiled,
                 dicom=dicom,
                 fhir=fhir,
-                rules=compiled,
                 state=opened,
                 clock=clock,
-                owner=_owner(),
-                once=True,
                 stop=stop,
-                progress=progress or (lambda watermark, latest: None),
+                once=True,
+                progress=progress,
             )
             await worker.work()
             ledger = worker.ledger
-            feed = await asyncio.to_thread(opened.feed, options.feed_name)
-            _, failures = await asyncio.to_thread(opened.counts, feed["id"]) if feed else ({}, {})
+            still_open = await asyncio.to_thread(_open_failures, opened, options.feed_name)
             studies: list[str] = list(ledger.outcomes.values())
             report = {
                 "watermark": ledger.watermark.low,
                 "entries": ledger.entries,
                 "studies": {word: studies.count(word) for word in get_args(Outcome)},
-                "failures": {"opened": ledger.opened, "open": sum(failures.values())},
+                "failures": {"opened": ledger.opened, "open": still_open},
                 "requests": {"dicom": dicom.requests, "fhir": fhir.requests},
                 "seconds": round(clock.monotonic() - began, 3),
             }
             return Synced(report, failed=ledger.failed > 0, stopped=stop.signal)
+
+
+def _open_failures(opened: store.Store, feed_name: str) -> int:
+    feed = opened.feed(feed_name) if opened.exists() else None
+    return sum(opened.counts(feed["id"])[1].values()) if feed else 0
 
 
 async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
@@ -154,23 +157,15 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
     from dicomcast.web import health
 
     settings.require_patient_system(options)
-    clock = clock or Clock()
     compiled = rules(options)
+    clock = clock or Clock()
     with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
         pulse = health.Pulse(clock=clock)
         with health.serving(pulse, host=options.web.host, port=options.web.port):
             async with services(options, clock=clock) as (dicom, fhir):
                 while not stop.is_set():
-                    worker = Worker(
-                        options,
-                        dicom=dicom,
-                        fhir=fhir,
-                        rules=compiled,
-                        state=opened,
-                        clock=clock,
-                        owner=_owner(),
-                        once=False,
-                        stop=stop,
+                    worker = _worker(
+                        options, compiled, dicom=dicom, fhir=fhir, state=opened, clock=clock, stop=stop, once=False
                     )
                     try:
                         async with pulse.beating(worker.trouble):
@@ -180,9 +175,31 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
     return stop.signal or signal.SIGTERM
 
 
-def _owner() -> str:
-    """Who holds the lease, for people: host, process, and a part that no restart repeats."""
-    return f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+def _worker(
+    options: settings.Settings,
+    compiled: mapping.Mapping,
+    *,
+    dicom: DicomService,
+    fhir: FhirService,
+    state: store.Store,
+    clock: Clock,
+    stop: asyncio.Event,
+    once: bool,
+    progress: Progress | None = None,
+) -> Worker:
+    """A worker for one time with the lease; its name says where it runs, and no restart repeats it."""
+    return Worker(
+        options,
+        dicom=dicom,
+        fhir=fhir,
+        rules=compiled,
+        state=state,
+        clock=clock,
+        owner=f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
+        once=once,
+        stop=stop,
+        progress=progress or (lambda watermark, latest: None),
+    )
 
 
 class _Stop(asyncio.Event):

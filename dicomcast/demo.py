@@ -91,9 +91,7 @@ def run(*, console: Console, as_json: bool, keep: bool, progress: app.Progress) 
         }
         if as_json:
             console.file.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
-        show.say(
-            f"[bold]Done[/] in {document['seconds']} s. Everything ran on this machine, and nothing is left behind."
-        )
+        show.say(f"[bold]Done[/] in {document['seconds']} s; everything ran on this machine.")
         if keep:
             _stay(show)
     return 0

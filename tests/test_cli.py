@@ -282,6 +282,25 @@ def test_status_before_and_after_the_first_sync(hospital: Hospital) -> None:
     assert after["lease"]["held"] is False
 
 
+def test_status_knows_of_entries_that_nobody_has_synced(hospital: Hospital) -> None:
+    hospital.send(*a_study())
+    hospital.sync()
+    hospital.send(*a_study(instances=3))
+
+    feed = said(hospital, "status")["feed"]
+
+    assert feed["latest"] - feed["watermark"] == feed["lag_entries"]
+    assert feed["lag_entries"] == 3
+
+
+def test_questions_make_no_database(hospital: Hospital, tmp_path: Path) -> None:
+    elsewhere = {"DICOMCAST_DATABASE__URL": f"sqlite:///{tmp_path}/typo.db"}
+
+    assert said(hospital, "status", **elsewhere)["feed"]["watermark"] is None
+    assert said(hospital, "failures", "list", **elsewhere) == []
+    assert not (tmp_path / "typo.db").exists()
+
+
 def test_status_of_a_study(hospital: Hospital) -> None:
     study = a_study(instances=3, series=2)
     hospital.send(*study)
@@ -364,7 +383,10 @@ def test_a_setting_that_is_wrong_ends_with_2_and_changes_nothing(hospital: Hospi
     assert hospital.search("ImagingStudy") == []
 
 
-@pytest.mark.parametrize("arguments", [["sink"], ["sync", "--form"], ["status", "--format", "xml"], ["map"]])
+WRONG = "sink|sync --form|status --format xml|map|demo --format csv|failures list --status opn"
+
+
+@pytest.mark.parametrize("arguments", [line.split() for line in WRONG.split("|")], ids=str)
 def test_wrong_usage_ends_with_2(hospital: Hospital, arguments: list[str]) -> None:
     assert run(hospital, *arguments)[0] == 2
 
@@ -454,6 +476,19 @@ def test_what_cannot_be_mapped_is_listed_without_values_and_the_rest_is_printed(
     assert len(err.splitlines()) == 9
     assert "Secret" not in err
     assert "Traceback" not in err
+
+
+def test_folder_may_hold_more_than_dicom(tmp_path: Path) -> None:
+    folder = tmp_path / "cd"
+    folder.mkdir()
+    (folder / "README.TXT").write_text("Viewer: run AUTORUN.EXE", encoding="utf-8")
+    (folder / "DICOMDIR").write_bytes(b"an index")
+    (folder / "1.dcm").write_bytes(modality.encoded(a_study(instances=1)[0]))
+
+    code, bundle, err = mapped(folder)
+
+    assert (code, err) == (0, "")
+    assert [entry["resource"]["resourceType"] for entry in bundle["entry"]] == ["Endpoint", "Patient", "ImagingStudy"]
 
 
 def test_nothing_to_map_is_an_empty_collection(tmp_path: Path) -> None:
