@@ -106,7 +106,7 @@ class Hospital:
             "DICOMCAST_FHIR__URL": self.fhir_url,
             "DICOMCAST_DATABASE__URL": self.database,
             "DICOMCAST_PATIENT__SYSTEM": SYSTEM,
-            "DICOMCAST_SYNC__PATIENCE": "5",
+            "DICOMCAST_SYNC__PATIENCE": "2",
             **more,
         }
 

@@ -197,7 +197,7 @@ class Ledger:
         """An entry that can only be recorded."""
         self._effects.failures.append(failure)
         self.failed += 1
-        self._settle([sequence])
+        self.release([sequence])
 
     def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled) -> None:
         """A study's entries have had their effect."""
@@ -207,7 +207,7 @@ class Ledger:
             self._effects.reconcile(study_uid, settled.resolution, cut=settled.cut)
         self._effects.failures += settled.failures
         self._effects.issues.setdefault(study_uid, Counter()).update(settled.issues)
-        self._settle(sequences)
+        self.release(sequences)
         if not self._tally:
             return
         before = self.outcomes.get(study_uid)
@@ -216,10 +216,7 @@ class Ledger:
             self.outcomes[study_uid] = settled.outcome
 
     def release(self, sequences: Iterable[int]) -> None:
-        """Entries whose effect has become somebody else's."""
-        self._settle(sequences)
-
-    def _settle(self, sequences: Iterable[int]) -> None:
+        """Entries that have had their effect, or whose effect has become another's."""
         self._effects.closed_gaps.update(sequence for sequence in sequences if self.watermark.settle(sequence))
 
     async def commit(self) -> None:

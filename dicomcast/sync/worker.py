@@ -172,8 +172,10 @@ class Worker:
         """Commit what is settled and free the lease; what can't be committed will be read again."""
         self.ledger.trouble = self._patience.trouble
         try:
-            await self.ledger.commit()
-            await self.ledger.close()
+            try:
+                await self.ledger.commit()
+            finally:
+                await self.ledger.close()
         except (errors.LeaseLost, errors.Unavailable) as failure:
             log.warning("not given back", reason=str(failure))
         self._progress(self.ledger.watermark.low, self.ledger.latest)
