@@ -117,7 +117,7 @@ def _options(
 @app.command()
 def sync(output: FormatOption = Format.TABLE) -> int:
     """Catch up with the change feed, and exit."""
-    options = _settings()
+    options = _settings(to_sync=True)
     with _progress("Syncing") as progress:
         done = asyncio.run(verbs.sync(options, progress=progress))
     report = done.report
@@ -141,7 +141,7 @@ def sync(output: FormatOption = Format.TABLE) -> int:
 @app.command()
 def run() -> int:
     """Keep the FHIR service in step until SIGTERM."""
-    return 128 + asyncio.run(verbs.run(_settings()))
+    return 128 + asyncio.run(verbs.run(_settings(to_sync=True)))
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def demo(
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def _settings(*, unused: Sequence[str] = ()) -> settings.Settings:
-    options = settings.load(_config, unused=unused)
+def _settings(*, unused: Sequence[str] = (), to_sync: bool = False) -> settings.Settings:
+    options = settings.load(_config, unused=unused, to_sync=to_sync)
     verbs.configure_logging(options.log)
     return options
 

@@ -27,6 +27,9 @@ from pydantic_settings import (
 from dicomcast import errors
 
 PREFIX = "DICOMCAST_"
+_NO_PATIENT_SYSTEM = (
+    f"patient.system is missing: set {PREFIX}PATIENT__SYSTEM to the URI of the authority that issues PatientIDs"
+)
 _NOT_SETTINGS = re.compile(r"DICOMCAST_(CONFIG$|TEST_)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -275,17 +278,28 @@ class Settings(BaseSettings):
         return self.dicom.url + self._partition
 
 
-def load(config: Path | None = None, *, flags: Mapping[str, Any] | None = None, unused: Sequence[str] = ()) -> Settings:
+def load(
+    config: Path | None = None,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
+    to_sync: bool = False,
+) -> Settings:
     """Read file, environment and `flags` (nested like the file); raise `errors.Misconfigured` with every problem.
 
-    `unused`: sections with a required option (`dicom`, `fhir`) that the caller has no use for.
+    `unused`: sections with a required option (`dicom`, `fhir`) that the caller has no use for. `to_sync`: the patient
+    system is required too.
     """
     nowhere = {section: {"url": "http://unused.invalid"} for section in unused}
     values, problems = _from_file(config)
     environment = _Environment()
     problems += [*environment.problems, *_unknown_variables()]
+    merged = _overlaid(nowhere, values, environment(), flags or {})
+    patient = merged.get("patient")
+    if to_sync and not (isinstance(patient, dict) and patient.get("system")):
+        problems.append(_NO_PATIENT_SYSTEM)
     try:
-        loaded = Settings(**_overlaid(nowhere, values, environment(), flags or {}))
+        loaded = Settings(**merged)
     except pydantic.ValidationError as invalid:
         problems += [_in_words(problem) for problem in invalid.errors(include_input=False, include_url=False)]
     if problems:
@@ -301,9 +315,7 @@ def plain_address(address: str) -> str:
 def require_patient_system(settings: Settings) -> None:
     """PatientIDs are only unique within their issuer: without a system nothing may be looked up or created."""
     if not settings.patient.system:
-        raise errors.Misconfigured(
-            [f"patient.system is missing: set {PREFIX}PATIENT__SYSTEM to the URI of the authority that issues them"]
-        )
+        raise errors.Misconfigured([_NO_PATIENT_SYSTEM])
 
 
 def options() -> Iterator[tuple[str, str, str]]:

@@ -358,8 +358,8 @@ def test_every_problem_of_the_configuration_is_named(tmp_path: Path) -> None:
     done = subprocess.run([PROGRAM, "sync"], env=environment, check=False, capture_output=True, text=True, timeout=60)
 
     assert (done.returncode, done.stdout) == (2, "")
-    for name in ("DICOMCAST_DICOM__URL", "DICOMCAST_FHIR__URL", "DICOMCAST_SYNC__PATIENCE", "DICOMCAST_NO__SUCH"):
-        assert name in done.stderr
+    for name in ("DICOM__URL", "FHIR__URL", "PATIENT__SYSTEM", "SYNC__PATIENCE", "NO__SUCH"):
+        assert f"DICOMCAST_{name}" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
