@@ -12,7 +12,7 @@ import stack
 import structlog
 
 # No verdict on the speed of a machine; CI tries the same examples every time.
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=os.environ.get("CI") == "true")
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=stack.CI, max_examples=100 if stack.CI else 40)
 hypothesis.settings.load_profile("tests")
 
 FHIR_SERVICES = ["sandbox", "hapi"]

@@ -25,6 +25,9 @@ import httpx
 import pytest
 import sqlalchemy
 
+CI = os.environ.get("CI") == "true"
+"""Whether everything must be there, and every case is tried; elsewhere the telling ones are."""
+
 HERE = Path(__file__).parent
 HAPI_JAR = HERE / "hapi" / "target" / "hapi-mini.jar"
 ORTHANC_PLUGINS = Path("/usr/share/orthanc/plugins")
@@ -34,7 +37,7 @@ SETTLED = 30.0  # seconds after which Orthanc's feed lists no more of what it ha
 
 def missing(part: str, remedy: str) -> NoReturn:
     """Skip the test, or fail it in CI: `part` is not on this machine, `remedy` says what to install or to set."""
-    if os.environ.get("CI") == "true":
+    if CI:
         pytest.fail(f"{part} is not here, and CI must have it: {remedy}", pytrace=False)
     pytest.skip(f"{part} is not here: {remedy}")
 

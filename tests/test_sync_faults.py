@@ -89,8 +89,9 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
 
 @pytest.mark.parametrize(
     ("service", "fault"),
-    [("dicom", fault) for fault in ("reset before", "503", "truncated")]
-    + [("fhir", fault) for fault in ("reset before", "reset after", "500 after", "429", "truncated")],
+    [("dicom", "truncated"), ("fhir", "reset after"), ("fhir", "500 after")]
+    + [("dicom", fault) for fault in ("reset before", "503") if stack.CI]
+    + [("fhir", fault) for fault in ("reset before", "429", "truncated") if stack.CI],
 )
 def test_one_fault_at_any_request_changes_nothing_in_the_end(
     script: Script, tmp_path: Path, service: str, fault: str
@@ -143,7 +144,7 @@ def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
 
 
 @pytest.mark.parametrize("service", ["dicom", "fhir"])
-@pytest.mark.parametrize("answer", [500, 503, 403, "drop"])
+@pytest.mark.parametrize("answer", [500, 503, 403, "drop"] if stack.CI else [503, "drop"])
 def test_an_outage_moves_no_watermark_and_parks_nothing(hospital: Hospital, service: str, answer: Json) -> None:
     old, new = a_study(), a_study(instances=2)
     hospital.send(*old)
