@@ -370,7 +370,7 @@ def map_paths(options: settings.Settings, paths: Sequence[str]) -> tuple[Json, l
         try:
             one = compiled.read(dataset)
         except errors.InstanceFailed as failed:
-            study_uid, sop_uid = (_first(dataset, tag) for tag in ("0020000D", "00080018"))
+            study_uid, sop_uid = (values.uid_in(dataset, tag) for tag in ("0020000D", "00080018"))
             unmapped.append(Unmapped(source, str(failed), failed.kind, study_uid, sop_uid, failed.rule, failed.tag))
         else:
             studies.setdefault(one.study_uid, []).append(one)
@@ -440,11 +440,3 @@ def _json_datasets(value: Json) -> Iterator[Json]:
             yield one
         elif fields.get("metadata"):
             yield fields["metadata"]
-
-
-def _first(dataset: Json, tag: str) -> str | None:
-    """The UID under a tag, if it is one: nothing else may be said of what could not be mapped."""
-    try:
-        return values.uid(dataset.get(tag)) if isinstance(dataset, dict) else None
-    except values.Invalid:
-        return None

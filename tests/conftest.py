@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 import stack
 import structlog
+from hospital import Hospital, Scripted, serving
 
 # No verdict on the speed of a machine; CI tries the same examples every time.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=stack.CI, max_examples=100 if stack.CI else 40)
@@ -91,3 +92,26 @@ def fhir_url(request: pytest.FixtureRequest) -> str:
     if request.param == "hapi":
         return str(request.getfixturevalue("hapi"))
     return str(request.getfixturevalue("sandbox").fhir_url)
+
+
+@pytest.fixture
+def hospital(sandbox: Any, tmp_path: Path) -> Iterator[Hospital]:
+    """A hospital on the sandbox, its state in SQLite. Files with more to compare have one of their own."""
+    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def feed() -> Scripted:
+    """A DICOM service that says what a test wants."""
+    return Scripted()
+
+
+@pytest.fixture
+def scripted(feed: Scripted, sandbox: Any, tmp_path: Path) -> Iterator[Hospital]:
+    """A hospital whose DICOM service is `feed`."""
+    with serving(feed.app()) as url:
+        one = Hospital(url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
+        yield one
+        one.close()

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from dicomcast.sandbox import modality
 
 Json = Any
 NOBODY = "http://127.0.0.1:9"
-
-
-@pytest.fixture
-def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
 
 
 def run(hospital: Hospital, *arguments: str, **more: str) -> tuple[int, str, str]:

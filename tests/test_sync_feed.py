@@ -1,6 +1,5 @@
 """Change feeds as they come: gaps, late and malformed entries, other partitions, other spellings, resets."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,27 +9,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from dicomcast import errors
 from dicomcast import sandbox as services
 from dicomcast.sandbox import dicom
-
-
-@pytest.fixture
-def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def feed() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture
-def scripted(feed: Scripted, sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    """A hospital whose DICOM service is `feed`."""
-    with serving(feed.app()) as url:
-        one = Hospital(url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-        yield one
-        one.close()
 
 
 def instances(hospital: Hospital, study: str) -> int:

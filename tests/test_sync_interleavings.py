@@ -112,27 +112,6 @@ def names(hospital: Hospital, patient_id: str) -> list[str]:
     return [one["name"][0]["family"] for one in hospital.patients(patient_id)]
 
 
-@pytest.fixture
-def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def feed() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture
-def scripted(feed: Scripted, sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    """A hospital whose DICOM service is `feed`."""
-    with serving(feed.app()) as url:
-        one = Hospital(url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-        yield one
-        one.close()
-
-
 # Outages and restarts
 
 

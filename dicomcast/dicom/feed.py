@@ -125,10 +125,7 @@ def moment(entry: ChangeFeedEntry) -> datetime | None:
 
 def other_study(entry: ChangeFeedEntry) -> str | None:
     """The study that the metadata names, where it is not the entry's: a bulk update can change UIDs."""
-    try:
-        named = _uid(entry.metadata["0020000D"]["Value"][0]) if entry.metadata else None
-    except (LookupError, TypeError):
-        return None
+    named = values.uid_in(entry.metadata, "0020000D")
     return named if named != entry.study_uid else None
 
 

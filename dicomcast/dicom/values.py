@@ -135,6 +135,14 @@ def uid(element: Json) -> str | None:
     return value
 
 
+def uid_in(dataset: Json, tag: str) -> str | None:
+    """The UID under a tag of what may be no data set at all; None for anything that is no UID."""
+    try:
+        return uid(dataset.get(tag)) if isinstance(dataset, dict) else None
+    except Invalid:
+        return None
+
+
 def is_uid(value: str) -> bool:
     """Whether this text is a UID."""
     return len(value) <= 64 and _UID.fullmatch(value) is not None

@@ -158,7 +158,8 @@ class Roads:
                         message = "metadata of this study names another Study Instance UID"
                         raise errors.InstanceFailed("invalid", message, stage="read", tag="0020000D")
                 except errors.InstanceFailed as failed:
-                    failures.append(failure_of(failed, study_uid=study_uid, key=_uids(dataset), sequence=sequence))
+                    key = (values.uid_in(dataset, "0020000E"), values.uid_in(dataset, "00080018"))
+                    failures.append(failure_of(failed, study_uid=study_uid, key=key, sequence=sequence))
                 else:
                     found[instance.series_uid, instance.sop_uid] = instance
         except LookupError:
@@ -325,15 +326,3 @@ def _as_written(write: Write, done: Written, addresses: dict[str, str]) -> Held:
 
 def _issue(issue: mapping.Issue) -> store.IssueKey:
     return (issue.rule, issue.tag, issue.vr, issue.reason)
-
-
-def _uids(dataset: Json) -> tuple[str | None, str | None]:
-    """Series and SOP Instance UID of a data set that could not be mapped, as far as they are UIDs."""
-
-    def uid(tag: str) -> str | None:
-        try:
-            return values.uid(dataset.get(tag)) if isinstance(dataset, dict) else None
-        except values.Invalid:
-            return None
-
-    return uid("0020000E"), uid("00080018")
