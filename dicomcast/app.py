@@ -8,21 +8,17 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, get_args
 
-import orjson
 import structlog
 
 from dicomcast import errors, mapping, settings, wire
 from dicomcast.clock import Clock
-from dicomcast.dicom import values
 from dicomcast.dicom.service import DicomService
-from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
 from dicomcast.sync.ledger import Outcome
@@ -62,10 +58,12 @@ def rules(options: settings.Settings) -> mapping.Mapping:
         missing_modality=options.mapping.missing_modality,
         strict=options.mapping.strict,
         issuers=options.mapping.issuers,
+        coding_schemes=options.mapping.coding_schemes,
+        body_parts=options.mapping.body_parts,
         dicom_url=options.dicom_identity,
         endpoint_address=options.dicom.public_url or options.dicom_root,
     )
-    return mapping.load(list(options.mapping.modules), context)
+    return mapping.load([*options.mapping.modules, *options.mapping.overlays], context)
 
 
 @contextmanager
@@ -343,100 +341,3 @@ def revision(options: settings.Settings) -> tuple[str | None, str]:
     """Revision of the schema, and the one that this version needs."""
     with closing(store.Store(options.database.url, clock=Clock())) as opened:
         return opened.revision()
-
-
-# map ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Unmapped:
-    """Something that could not be mapped: where it came from, UIDs, rule and tag."""
-
-    source: str
-    message: str
-    kind: str
-    study_uid: str | None = None
-    sop_uid: str | None = None
-    rule: str | None = None
-    tag: str | None = None
-
-
-def map_paths(options: settings.Settings, paths: Sequence[str]) -> tuple[Json, list[Unmapped]]:
-    """The FHIR resources of DICOM files, folders, DICOM JSON and change feed pages, as a `collection` Bundle."""
-    compiled = rules(options)
-    unmapped: list[Unmapped] = []
-    studies: dict[str, list[mapping.Instance]] = {}
-    for source, dataset in _datasets(paths, unmapped):
-        try:
-            one = compiled.read(dataset)
-        except errors.InstanceFailed as failed:
-            study_uid, sop_uid = (values.uid_in(dataset, tag) for tag in ("0020000D", "00080018"))
-            unmapped.append(Unmapped(source, str(failed), failed.kind, study_uid, sop_uid, failed.rule, failed.tag))
-        else:
-            studies.setdefault(one.study_uid, []).append(one)
-    entries: dict[str, Json] = {}
-    for study_uid in sorted(studies):
-        try:
-            entries |= _resources(compiled, study_uid, studies[study_uid])
-        except errors.StudyFailed as failed:
-            unmapped.append(Unmapped("", str(failed), failed.kind, study_uid, None, failed.rule, failed.tag))
-    bundle = {"resourceType": "Bundle", "type": "collection"}
-    if entries:
-        bundle["entry"] = [{"fullUrl": url, "resource": resource} for url, resource in entries.items()]  # type: ignore[assignment]
-    return bundle, unmapped
-
-
-def _resources(compiled: mapping.Mapping, study_uid: str, instances: list[mapping.Instance]) -> dict[str, Json]:
-    """Endpoint, Patient and ImagingStudy of one study, by full URL."""
-    endpoint, patient = compiled.endpoint(), compiled.patient(instances).resource
-    identity = "|".join(str(part) for part in compiled.patient_key(instances))
-    urls = [
-        f"urn:uuid:{resources.assigned_id(kind, what)}"
-        for kind, what in (
-            ("Endpoint", endpoint["identifier"][0]["value"]),
-            ("Patient", identity),
-            ("ImagingStudy", f"urn:oid:{study_uid}"),
-        )
-    ]
-    study = compiled.study(instances, subject={"reference": urls[1]}, endpoint={"reference": urls[0]}).resource
-    return dict(zip(urls, (endpoint, patient, study), strict=True))
-
-
-def _datasets(paths: Sequence[str], unmapped: list[Unmapped]) -> Iterator[tuple[str, Json]]:
-    """DICOM JSON of everything that was named; what can't be read goes to `unmapped`."""
-    from dicomcast.dicom import files
-
-    for path, named in _files(paths):
-        if path == "-" or path.endswith(".json"):
-            try:
-                content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-                yield from ((path, dataset) for dataset in _json_datasets(orjson.loads(content)))
-            except (OSError, ValueError) as unreadable:
-                unmapped.append(Unmapped(path, f"can't be read as JSON ({type(unreadable).__name__})", "unreadable"))
-        else:
-            try:
-                yield path, files.metadata(files.read(Path(path)))
-            except (OSError, ValueError) as unreadable:
-                if not named and isinstance(unreadable, ValueError):
-                    continue  # a folder may hold more than DICOM
-                unmapped.append(Unmapped(path, f"can't be read as DICOM ({type(unreadable).__name__})", "unreadable"))
-
-
-def _files(paths: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Every file, and whether it was named itself; a folder's DICOMDIR is its index, not an instance."""
-    for path in paths:
-        if path != "-" and Path(path).is_dir():
-            found = sorted(one for one in Path(path).rglob("*") if one.is_file() and one.name != "DICOMDIR")
-            yield from ((str(one), False) for one in found)
-        else:
-            yield path, True
-
-
-def _json_datasets(value: Json) -> Iterator[Json]:
-    """One DICOM JSON object, an array of them, or a change feed page (or entry) that carries them as `metadata`."""
-    for one in value if isinstance(value, list) else [value]:
-        fields = {str(name).lower(): content for name, content in one.items()} if isinstance(one, dict) else {}
-        if "sequence" not in fields:
-            yield one
-        elif fields.get("metadata"):
-            yield fields["metadata"]

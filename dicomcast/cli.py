@@ -1,4 +1,4 @@
-"""The command line: verbs, forms of output and exit codes. What the verbs do is in `app`.
+"""The command line: verbs, forms of output and exit codes. What the verbs do is in `app` and `authoring`.
 
 Data goes to stdout, logs and progress to stderr. Exit codes: 0 done; 1 finished, but something that this call touched
 has failed and is recorded; 2 needs a person; 3 a service is unavailable or denies us; 4 another worker holds the
@@ -22,12 +22,13 @@ import orjson
 import rich
 import rich.progress
 import rich.table
+import rich.text
 import typer
 from rich.console import Console
 
 import dicomcast
 from dicomcast import app as verbs
-from dicomcast import errors, settings
+from dicomcast import authoring, decimals, errors, mapping, settings
 
 Json = Any
 
@@ -46,8 +47,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 failures_app = typer.Typer(help="What failed, and why.", no_args_is_help=True)
+mappings_app = typer.Typer(help="Mapping modules and overlays, for those who write them.", no_args_is_help=True)
 db_app = typer.Typer(help="The state database's schema.", no_args_is_help=True)
 app.add_typer(failures_app, name="failures")
+app.add_typer(mappings_app, name="mappings")
 app.add_typer(db_app, name="db")
 
 
@@ -57,6 +60,15 @@ class Format(StrEnum):
     TABLE = "table"
     JSON = "json"
     CSV = "csv"
+
+
+class RulesFormat(StrEnum):
+    """Forms of output for rules."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    MARKDOWN = "markdown"
 
 
 class Status(StrEnum):
@@ -194,23 +206,124 @@ def failures_list(
 
 # Mapping --------------------------------------------------------------------------------------------------------------
 
+ShowValues = Annotated[bool, typer.Option("--show-values", help="print values too: they are patient data")]
+
 
 @app.command("map")
 def map_(
     paths: Annotated[
         list[str], typer.Argument(help="DICOM files, folders, .json (DICOM JSON, change feed page), or -")
     ],
+    explain: Annotated[bool, typer.Option("--explain", help="instead, which rule finds what, and where")] = False,
+    show_values: ShowValues = False,
+    output: Annotated[
+        Format | None, typer.Option("--format", help="of --explain: table for people; json and csv for programs")
+    ] = None,
 ) -> int:
     """Print the FHIR resources of DICOM data as a Bundle. Needs no service and no database."""
-    bundle, unmapped = verbs.map_paths(_settings(unused=("dicom", "fhir")), paths)
-    sys.stdout.buffer.write(orjson.dumps(bundle, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    if explain:
+        return _explain(paths, output or Format.TABLE, show_values=show_values)
+    if show_values or output is not None:
+        raise typer.BadParameter("goes with --explain", param_hint="--show-values" if show_values else "--format")
+    bundle, unmapped = authoring.map_paths(_rules(), paths)
+    sys.stdout.buffer.write(authoring.printed(bundle))
     if not bundle.get("entry") and not unmapped:
         _say("No DICOM data found.")
+    _say_unmapped(unmapped)
+    return 1 if unmapped else 0
+
+
+def _explain(paths: Sequence[str], output: Format, *, show_values: bool) -> int:
+    told = authoring.explain(_rules(), paths, show_values=show_values)
+    rows = [{**row, "value": decimals.dumps(row["value"]).decode()} if show_values else row for row in told.found]
+    columns = ("sop_instance_uid", "element", "rule", "tag", "keyword", "vr", *(["value"] if show_values else []))
+    _print(output, told.found, rows, title="What rules find", columns=columns, empty="No rule finds anything.")
+    for sop_uid, issue in told.issues:
+        _say(f"instance {sop_uid}: rule {issue.rule}, tag {issue.tag} {issue.vr}: {issue.reason}")
+    _say_unmapped(told.unmapped)
+    return 1 if told.unmapped else 0
+
+
+def _say_unmapped(unmapped: Sequence[authoring.Unmapped]) -> None:
     for one in unmapped:
         about = [f"study {one.study_uid}", f"instance {one.sop_uid}", f"rule {one.rule}", f"tag {one.tag}"]
         known = [text for text in about if not text.endswith(" None")]
         _say(": ".join(filter(None, (one.source, one.kind, one.message))) + f" ({', '.join(known)})" * bool(known))
-    return 1 if unmapped else 0
+
+
+@mappings_app.command("list")
+def mappings_list(output: FormatOption = Format.TABLE) -> int:
+    """List the modules that come with dicomcast, and what the settings name."""
+    found = authoring.listed(_offline())
+    rows = [{**row, "in_use": "yes" if row["in_use"] else "no"} for row in found]
+    _print(output, found, rows, title="Mapping modules and overlays", columns=tuple(rows[0]))
+    return 0
+
+
+@mappings_app.command("show")
+def mappings_show(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="modules and overlays; default: the rules in effect")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="all modules that come with dicomcast")] = False,
+    output: Annotated[
+        RulesFormat, typer.Option("--format", help="table for people; json and csv for programs; markdown to publish")
+    ] = RulesFormat.TABLE,
+) -> int:
+    """Show rules: what they write, and from what."""
+    wanted = [*(authoring.shipped() if every else []), *(names or [])]
+    found = authoring.sections(_offline(), wanted)
+    if output is RulesFormat.MARKDOWN:
+        command = " ".join(["dicomcast mappings show", *["--all"] * every, *(names or []), "--format markdown"])
+        sys.stdout.buffer.write(authoring.markdown(found, command).encode())
+        return 0
+    rows = [authoring.row(rule) for section in found for rule in section.rules]
+    columns = [name for name in authoring.COLUMNS if output is not RulesFormat.TABLE or any(row[name] for row in rows)]
+    _print(Format(output.value), rows, rows, title="Rules", columns=columns, empty="No rules.")
+    return 0
+
+
+@mappings_app.command("check")
+def mappings_check(
+    paths: Annotated[list[str] | None, typer.Argument(help="modules and overlays beside those in use")] = None,
+    output: FormatOption = Format.TABLE,
+) -> int:
+    """Say whether the mapping can be used, or all that is wrong with it."""
+    found = authoring.check(_offline(), paths or [])
+    _print(output, found, [{**found, "modules": ", ".join(found["modules"])}], title="The mapping can be used")
+    return 0
+
+
+@mappings_app.command("test")
+def mappings_test(
+    path: Annotated[
+        str, typer.Argument(help="a module or an overlay; its cases are in the folder NAME.cases beside it")
+    ],
+    update: Annotated[bool, typer.Option("--update", help="write what new and differing cases give now")] = False,
+    show_values: ShowValues = False,
+) -> int:
+    """Map the NAME.dicom.json of its cases, and compare with their NAME.fhir.json."""
+    tried = authoring.cases(_offline(), path, update=update)
+    for case in tried:
+        lines = [f"{case.verdict} {case.name}"]
+        for place, what, wanted, found in case.differences:
+            pair = (("expected", wanted), ("found", found)) if show_values else ()
+            told = [f"{name} {decimals.dumps(value).decode()}" for name, value in pair if value is not None]
+            lines.append(f"  {place}: {what}" + f" ({', '.join(told)})" * bool(told))
+        sys.stdout.write("\n".join(lines) + "\n")
+        _say_unmapped(case.unmapped)
+    failed = sum(case.verdict == "fail" for case in tried)
+    if failed:
+        _say(f"{failed} of {len(tried)} failed. Where what they give now is right, --update writes it.")
+    return 1 if failed else 0
+
+
+def _offline() -> settings.Settings:
+    return _settings(unused=("dicom", "fhir"))
+
+
+def _rules() -> mapping.Mapping:
+    return authoring.rules(_offline())
 
 
 # The database ---------------------------------------------------------------------------------------------------------
@@ -219,7 +332,7 @@ def map_(
 @db_app.command("upgrade")
 def db_upgrade() -> int:
     """Bring the database's schema up to this version."""
-    before, after = verbs.upgrade(_settings(unused=("dicom", "fhir")))
+    before, after = verbs.upgrade(_offline())
     _say(f"The schema is at {after}." if before == after else f"The schema went from {before or 'nothing'} to {after}.")
     return 0
 
@@ -227,7 +340,7 @@ def db_upgrade() -> int:
 @db_app.command("current")
 def db_current(output: FormatOption = Format.TABLE) -> int:
     """Show the schema's revision, and the one that this version needs."""
-    current, newest = verbs.revision(_settings(unused=("dicom", "fhir")))
+    current, newest = verbs.revision(_offline())
     row = {"current": current, "newest": newest}
     _print(output, row, [row], title="Schema")
     return 0
@@ -313,7 +426,7 @@ def _print(
     """One JSON document, CSV with a header, or a table: a single row stands upright."""
     names = list(columns or (rows[0] if rows else ()))
     if output is Format.JSON:
-        sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
+        sys.stdout.write(decimals.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
     elif output is Format.CSV:
         writer = csv.DictWriter(sys.stdout, fieldnames=names, extrasaction="ignore")
         writer.writeheader()
@@ -323,14 +436,14 @@ def _print(
     elif len(rows) == 1 and not columns:
         table = rich.table.Table(title=title, show_header=False, title_justify="left")
         for name in names:
-            table.add_row(name.replace("_", " "), _cell(rows[0][name]))
+            table.add_row(name.replace("_", " "), rich.text.Text(_cell(rows[0][name])))
         _stdout().print(table)
     else:
         table = rich.table.Table(title=title, title_justify="left")
         for name in names:
             table.add_column(name.replace("_", " "), overflow="fold")  # a UID that is cut is of no use
         for row in rows:
-            table.add_row(*(_cell(row[name]) for name in names))
+            table.add_row(*(rich.text.Text(_cell(row[name])) for name in names))  # not as markup
         _stdout().print(table)
 
 

@@ -169,7 +169,11 @@ class MappingOptions(_Section):
     """What is mapped, and how strictly."""
 
     modules: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        ("patient", "endpoint", "imaging_study"), description="mapping modules, in order"
+        ("patient", "endpoint", "imaging_study"),
+        description="mapping modules, in order: shipped ones by name, your own by dotted name or file (.py)",
+    )
+    overlays: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        (), description="files (.yaml) that add, replace or disable rules, in order, after all modules"
     )
     strict: bool = Field(
         False, description="an invalid optional value fails its instance instead of leaving its element out"
@@ -178,7 +182,12 @@ class MappingOptions(_Section):
     timezone: Annotated[str, AfterValidator(_time_zone)] | None = Field(
         None, description="IANA zone of times that carry no offset; without one, only their date is written"
     )
-    issuers: dict[str, str] = Field({}, description="IssuerOfPatientID (text or OID) to identifier system")
+    issuers: dict[str, str] = Field({}, description="issuer of an identifier (text or OID) to identifier system")
+    coding_schemes: dict[str, str] = Field({}, description="coding scheme designator to code system")
+    body_parts: dict[str, str] = Field(
+        {},
+        description="BodyPartExamined of yours to the term of PS3.16 Annex L or the SNOMED CT code that it means",
+    )
 
 
 class Sync(_Section):

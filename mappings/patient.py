@@ -5,10 +5,8 @@ from dicomcast.mapping import Rule, Slice
 _QUALIFIERS = "IssuerOfPatientIDQualifiersSequence"
 
 _ID = (
-    "PatientID",
-    "IssuerOfPatientID",
-    f"{_QUALIFIERS} > UniversalEntityID",
-    f"{_QUALIFIERS} > UniversalEntityIDType",
+    f"PatientID, IssuerOfPatientID, {_QUALIFIERS} > UniversalEntityID,"
+    f" {_QUALIFIERS} > UniversalEntityIDType | patient_identifier"
 )
 _ID_SLICE = Slice(
     "identifier", where={"type.coding.code": "MR"}, by="system", default="patient_system", keys=("system", "value")
@@ -21,11 +19,10 @@ RULES = (
         "patient",
         _ID_SLICE,
         sources=(_ID,),
-        steps=("patient_identifier",),
         required=True,
         missing="patient-id-missing",
     ),
-    Rule("patient.name", "patient", _NAME_SLICE, sources=("PatientName",), steps=("human_names",)),
-    Rule("patient.gender", "patient", "gender", sources=("PatientSex",), steps=("gender",)),
+    Rule("patient.name", "patient", _NAME_SLICE, sources=("PatientName | human_names",)),
+    Rule("patient.gender", "patient", "gender", sources=("PatientSex | gender",)),
     Rule("patient.birth_date", "patient", "birthDate", sources=("PatientBirthDate",)),
 )

@@ -11,30 +11,33 @@ PACKAGE = ROOT / "dicomcast"
 MAPPINGS = ROOT / "mappings"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *MAPPINGS.glob("*.py")])
 
-EDGES = {"errors", "clock"}  # import nothing of ours
+EDGES = {"errors", "clock", "decimals"}  # import nothing of ours
 BELOW_APP = EDGES | {"settings", "wire", "dicom", "mapping", "fhir", "state", "sync", "web", "sandbox"}
 # Room: what of dicomcast it may import besides itself. `dicom.values` is that module alone.
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "clock": set(),
+    "decimals": set(),
     "settings": {"errors"},
     "wire": {"errors", "clock", "settings"},
-    "dicom": {"errors", "clock", "wire"},
-    "mapping": {"errors", "dicom.values"},
-    "fhir": {"errors", "clock", "wire"},
+    "dicom": {"errors", "clock", "decimals", "wire"},
+    "mapping": {"errors", "decimals", "dicom.values"},
+    "fhir": {"errors", "clock", "decimals", "wire"},
     "state": {"errors", "clock"},
-    "sync": {"errors", "clock", "settings", "wire", "dicom", "mapping", "fhir", "state"},
+    "sync": {"errors", "clock", "decimals", "settings", "wire", "dicom", "mapping", "fhir", "state"},
     "web": {"errors", "clock", "settings", "state", "sync"},
     "sandbox": {"errors", "clock", "dicom.values", "dicom.files", "mapping"},
     "app": BELOW_APP,
+    "authoring": EDGES | {"settings", "dicom", "fhir", "mapping", "app"},
     "demo": {"errors", "clock", "settings", "sandbox", "app", "dicom.files"},
-    "cli": BELOW_APP | {"app", "demo"},
+    "cli": BELOW_APP | {"app", "authoring", "demo"},
     "__main__": {"cli"},
     "mappings": {"mapping"},
 }
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
-CORE_LINES = 6_000
+CORE_LINES = 6_500
+BESIDE = {"sandbox", "demo", "authoring", "mappings"}  # what no sync runs, and the rules themselves, which are data
 
 
 def room(module: Path) -> str:
@@ -115,5 +118,5 @@ def code_lines(source: str) -> int:
 
 
 def test_core_can_be_read_in_an_afternoon() -> None:
-    core = [module for module in MODULES if room(module) != "sandbox"]
+    core = [module for module in MODULES if room(module) not in BESIDE]
     assert sum(code_lines(module.read_text(encoding="utf-8")) for module in core) <= CORE_LINES

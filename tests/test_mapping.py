@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dicomcast import errors, mapping
 from dicomcast.dicom import files, values
+from dicomcast.mapping import notation
 
 Json = Any
 SHIPPED = ("patient", "endpoint", "imaging_study")
@@ -191,9 +192,8 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(sorted(dataset())), inner, max_size=3),
     max_leaves=6,
 )
-SOURCES = [source for rule in MAPPING.rules for source in rule.sources]
-PATHS = [path for source in SOURCES for path in ([source] if isinstance(source, str) else source)]
-TAGS = sorted({values.tag_of(name) for path in PATHS for name in path.split(" > ")})
+PATHS = [path for rule in MAPPING.rules for source in rule.sources for path in notation.parse(source).paths]
+TAGS = sorted({part.tag for path in PATHS for part in path})
 elements = json_values | st.fixed_dictionaries(
     {}, optional={"vr": st.sampled_from(["LO", "SQ", "PN"]), "Value": json_values}
 )
@@ -449,7 +449,7 @@ def test_merge_keeps_the_foreign_and_removes_what_is_ours_and_unwanted() -> None
     }
     server = {**old, **foreign, "id": "x", "meta": {"source": "elsewhere"}}
     server["identifier"] = [*old["identifier"], {"system": "urn:other", "value": "1"}]
-    server["series"][0]["laterality"] = {"code": "L"}
+    server["series"][0]["endpoint"] = [ENDPOINT]
     server["series"][0]["instance"][0]["title"] = "old"
     server["series"][0]["instance"][0]["extension"] = foreign["extension"]
     before = copy.deepcopy(server)
@@ -464,7 +464,7 @@ def test_merge_keeps_the_foreign_and_removes_what_is_ours_and_unwanted() -> None
         "id": "x",
     }
     (series,) = merged["series"]
-    assert series["laterality"] == {"code": "L"}
+    assert series["endpoint"] == [ENDPOINT]
     assert "description" not in series
     (instance,) = series["instance"]
     assert instance["extension"] == foreign["extension"]
@@ -518,7 +518,7 @@ def test_accession_numbers_of_others_stay() -> None:
         {"text": {"status": "additional", "div": "<div/>"}},
         {"identifier": [{"system": "urn:other", "value": "1"}]},
         {"endpoint": [ENDPOINT, {"reference": "Endpoint/2"}]},
-        {"series": [{"uid": "1.2", "bodySite": {"display": "x"}}]},
+        {"series": [{"uid": "1.2", "endpoint": [ENDPOINT]}]},
         {"series": [{"uid": "1.2", "instance": [{"uid": "1.3", "id": "x"}]}]},
         {"series": ["odd"]},
         {"identifier": "odd"},

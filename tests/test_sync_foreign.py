@@ -67,6 +67,55 @@ def test_foreign_content_of_a_study_survives_every_change(hospital: Hospital) ->
     assert (shown["numberOfInstances"], shown["description"]) == (4, "second look")
 
 
+def test_what_we_only_fill_stays_as_others_set_it(hospital: Hospital) -> None:
+    study = a_study(instances=3, ReferringPhysicianName="Doe^Jane")
+    hospital.send(*study[:2])
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    assert shown["referrer"] == {"type": "Practitioner", "display": "Jane Doe"}
+    theirs = {"display": "Dr. Gregory House"}
+    hospital.put({**shown, "referrer": theirs})
+
+    hospital.send(study[2])
+    hospital.sync()
+    for name in ("Roe^Richard", "Poe^Edgar"):
+        hospital.modality.correct([uid(study[0])], {"ReferringPhysicianName": name, "StudyDescription": name})
+        hospital.sync()
+        shown = hospital.study(uid(study[0]))
+        assert (shown["referrer"], shown["description"], shown["numberOfInstances"]) == (theirs, name, 3)
+
+
+def test_what_we_fill_follows_dicom_while_nobody_else_sets_it(hospital: Hospital) -> None:
+    study = a_study(instances=2, ReferringPhysicianName="Doe^Jane")
+    hospital.send(*study)
+    hospital.sync()
+    hospital.modality.correct([uid(study[0])], {"ReferringPhysicianName": "Roe^Richard"})
+    hospital.sync()
+    assert hospital.study(uid(study[0]))["referrer"] == {"type": "Practitioner", "display": "Richard Roe"}
+
+    for one in study:
+        one.ReferringPhysicianName = ""
+    hospital.modality.resend(study, replace=True)
+    hospital.sync()
+    assert "referrer" not in hospital.study(uid(study[0]))
+
+
+def test_what_we_fill_is_ours_again_when_others_have_set_the_same(hospital: Hospital) -> None:
+    study = a_study(instances=2, ReferringPhysicianName="Doe^Jane")
+    hospital.send(study[0])
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    hospital.put({**shown, "note": [{"text": "seen"}]})
+    hospital.send(study[1])  # finds what it wants to fill as it would
+    hospital.sync()
+
+    hospital.modality.correct([uid(study[0])], {"ReferringPhysicianName": "Roe^Richard"})
+    hospital.sync()
+
+    shown = hospital.study(uid(study[0]))
+    assert (shown["referrer"]["display"], shown["note"]) == ("Richard Roe", [{"text": "seen"}])
+
+
 def test_a_foreign_decimal_survives_to_the_letter(local: Hospital) -> None:
     study = a_study(instances=2)
     local.send(study[0])

@@ -9,13 +9,13 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import Any
+
+import msgspec
+import orjson
 
 from dicomcast import errors
 from dicomcast.dicom import values
-
-Json = Any
-"""A JSON value as Python has it."""
+from dicomcast.dicom.values import DataSet, Json
 
 
 class Action(Enum):
@@ -36,7 +36,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChangeFeedEntry:
-    """One change of one instance. `timestamp` is the service's own text; `metadata` is a DICOM JSON object or None."""
+    """One change of one instance. `timestamp` is the service's own text; `metadata` is not empty."""
 
     sequence: int
     study_uid: str
@@ -46,7 +46,7 @@ class ChangeFeedEntry:
     state: State
     timestamp: str
     partition: str | None = None
-    metadata: Json | None = None
+    metadata: DataSet | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,29 @@ class Malformed:
 
 Entry = ChangeFeedEntry | Malformed
 
+_PAGE = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+
+
+def page(content: bytes, *, alone: int | None = None) -> list[Entry]:
+    """Read a page (a JSON array), ascending. `alone`: the one sequence that was asked for. Raises `ValueError`."""
+    try:
+        raw = _PAGE.decode(content)
+    except msgspec.ValidationError:  # an array of something else, maybe
+        raw = orjson.loads(content)
+    if not isinstance(raw, list):
+        raise ValueError("a change feed page is a JSON array")  # noqa: TRY004 - as undecodable as JSON that is cut
+    return sorted((parse(one, sequence=alone) for one in raw), key=lambda entry: entry.sequence)
+
 
 def parse(raw: Json, *, sequence: int | None = None) -> Entry:
-    """Read one entry. `sequence` is what was asked for, where the entry itself can't say.
+    """Read one entry, its fields as JSON or as JSON text. `sequence` is what was asked for, if it can't say itself.
 
     Raises `ValueError` for what has no sequence at all.
     """
     fields = {str(name).lower(): value for name, value in raw.items()} if isinstance(raw, dict) else {}
+    metadata = _metadata(fields.pop("metadata", None))
+    if any(isinstance(value, msgspec.Raw) for value in fields.values()):
+        fields = dict(zip(fields, orjson.loads(b"[" + b",".join(fields.values()) + b"]"), strict=True))
     own = fields.get("sequence")
     if isinstance(own, int) and not isinstance(own, bool) and 0 < own < 2**63:
         sequence = own
@@ -84,7 +100,6 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
         state = State(str(fields.get("state")).lower())
     except ValueError:
         return Malformed(sequence, _failed("unknown-action", "the entry's action or state is not known"), *uids)
-    metadata = fields.get("metadata")
     return ChangeFeedEntry(
         sequence=sequence,
         study_uid=uids[0] or "",
@@ -94,8 +109,16 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
         state=state,
         timestamp=_timestamp(fields.get("timestamp")),
         partition=_text(fields.get("partitionname")),
-        metadata=metadata if isinstance(metadata, dict) and metadata else None,
+        metadata=metadata,
     )
+
+
+def _metadata(value: Json) -> DataSet | None:
+    """The data set of an entry; None for an empty one, or for what is none."""
+    try:
+        return (DataSet.parse(value) if isinstance(value, msgspec.Raw) else DataSet.of(value)) or None
+    except ValueError:
+        return None
 
 
 def _uid(value: object) -> str | None:

@@ -13,6 +13,7 @@ import orjson
 
 from dicomcast import errors, wire
 from dicomcast.dicom import feed
+from dicomcast.dicom.values import DataSet
 
 PAGE = 100
 """Sequence numbers per page: the most that v1 allows."""
@@ -61,7 +62,7 @@ class DicomService:
         except errors.Rejected as refused:
             raise errors.Incompatible(f"{refused} to /v2/changefeed: without it dicom.start can't be a time") from None
         try:
-            entries = _entries(orjson.loads(response.content))
+            entries = feed.page(response.content)
         except ValueError:
             raise errors.Unavailable("dicom", "a change feed page can't be read") from None
         return entries[0].sequence - 1 if entries else newest
@@ -96,7 +97,7 @@ class DicomService:
             # A gateway's page or a message of the service: an outage, and no fault of any entry.
             raise errors.Unavailable("dicom", "a change feed page is not a list")
         try:
-            return _entries(orjson.loads(content), alone=after + 1 if width == 1 else None)
+            return feed.page(content, alone=after + 1 if width == 1 else None)
         except ValueError:
             if width == 1:
                 failed = errors.InstanceFailed("malformed-entry", "the entry is not JSON", stage="read")
@@ -106,8 +107,8 @@ class DicomService:
             singly += await self.page(sequence - 1, width=1, metadata=metadata)
         return singly
 
-    async def study(self, study_uid: str) -> AsyncIterator[feed.Json]:
-        """Metadata of every instance of a study (DICOM JSON objects, in no order), as it arrives.
+    async def study(self, study_uid: str) -> AsyncIterator[DataSet]:
+        """Metadata of every instance of a study, in no order, as it arrives.
 
         Raises `LookupError` where the service answers 404, before the first instance, and `StudyFailed` where it
         refuses to say (406 and the like).
@@ -147,18 +148,12 @@ class DicomService:
             ) from None
 
 
-def _entries(raw: feed.Json, *, alone: int | None = None) -> list[feed.Entry]:
-    if not isinstance(raw, list):
-        raise ValueError("a change feed page is a JSON array")  # noqa: TRY004 - as undecodable as JSON that is cut
-    return sorted((feed.parse(one, sequence=alone) for one in raw), key=lambda entry: entry.sequence)
-
-
 _BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
 """The next bracket that stands outside of strings; a string that is not complete yet gives no match."""
 
 
-async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
-    """Items of a JSON array of objects one by one, with no more than one of them and a chunk in memory.
+async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[DataSet]:
+    """Items of a JSON array of objects with no more than one of them and a chunk in memory.
 
     Raises `Unavailable` where the body is cut or is something else: an empty answer would say that a study is gone.
     """
@@ -179,7 +174,7 @@ async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
                 depth -= 1
                 ended = depth == 0
                 if depth == 1:
-                    yield _object(pending[begin:scanned])
+                    yield _dataset(bytes(pending[begin:scanned]))
             text_from = scanned
         cut = begin if depth >= 2 else text_from
         del pending[:cut]
@@ -188,8 +183,8 @@ async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[feed.Json]:
         raise errors.Unavailable("dicom", "a metadata answer was cut short or is not JSON")
 
 
-def _object(text: bytearray) -> feed.Json:
+def _dataset(text: bytes) -> DataSet:
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return DataSet.parse(text)
+    except ValueError:
         raise errors.Unavailable("dicom", "a metadata answer is not JSON") from None

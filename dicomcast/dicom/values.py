@@ -6,14 +6,20 @@ value: its text goes to logs, failure rows and people who may not see patient da
 """
 
 import datetime
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
+import orjson
 from pydicom import datadict
 
+from dicomcast.decimals import Decimal, plain
+
 Json: TypeAlias = Any  # a JSON value, as json or orjson reads it
+Buffer: TypeAlias = bytes | bytearray | memoryview | msgspec.Raw
 
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _TAG = re.compile(r"[0-9A-F]{8}")
@@ -24,7 +30,10 @@ _TIME = re.compile(r"([0-9]{2})(?::?([0-9]{2})(?::?([0-9]{2})(?:\.([0-9]{1,6}))?
 _OFFSET = re.compile(r"([+-])([0-9]{2})([0-9]{2})")
 _DATE_TIME = re.compile(r"([0-9]{4})([0-9]{2})?([0-9]{2})?([0-9]{2}[0-9.]*)?([+-][0-9]{4})?")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[^\s<>\"]+")
+_NUMBER = re.compile(r"[+-]?([0-9]{1,15}(\.[0-9]{0,15})?|\.[0-9]{1,15})([eE][+-]?[0-9]{1,2})?")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,12}")
+_ABSENT = itertools.repeat(b"")
+_SHALLOW = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Invalid(ValueError):
@@ -70,6 +79,68 @@ class Code(NamedTuple):
     meaning: str | None
 
 
+class DataSet(Mapping[str, Json]):
+    """A DICOM JSON data set by tag (8 upper-case hex digits) whose elements stay JSON text until they are asked for.
+
+    Most attributes of an instance are read by nobody, and most of the others say what the last instance said.
+    """
+
+    __slots__ = ("_elements",)
+
+    def __init__(self, elements: dict[str, Json]):
+        self._elements = elements
+
+    @classmethod
+    def of(cls, dataset: Json) -> "DataSet":
+        """A data set from parsed JSON. Raises `Invalid` for what is no object."""
+        if isinstance(dataset, cls):
+            return dataset
+        if not isinstance(dataset, dict):
+            raise Invalid("data set is not an object")
+        return cls(dataset)
+
+    @classmethod
+    def parse(cls, text: Buffer) -> "DataSet":
+        """A data set from JSON text. Raises `ValueError`."""
+        return cls(_SHALLOW.decode(text))
+
+    def __contains__(self, tag: object) -> bool:
+        return tag in self._elements
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._elements)
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __getitem__(self, tag: str) -> Json:
+        """The element under a tag. Raises `Invalid` for text that is not JSON after all."""
+        found = self._elements[tag]
+        if not isinstance(found, msgspec.Raw):
+            return found
+        try:
+            return orjson.loads(memoryview(found))
+        except ValueError:
+            raise Invalid("control character or broken text") from None
+
+    def get(self, tag: str, default: Json = None) -> Json:
+        """As of a dict; most tags that are asked for are not there."""
+        return self[tag] if tag in self._elements else default
+
+    def text(self, tags: tuple[str, ...]) -> bytes | None:
+        """The JSON text of the elements under these tags, to compare it; None where that can't be told."""
+        elements = self._elements
+        try:
+            return b"\n".join(map(elements.get, tags, _ABSENT))
+        except TypeError:
+            pass  # they are parsed already
+        try:
+            text = orjson.dumps({tag: elements[tag] for tag in tags if tag in elements})
+        except TypeError:  # JSON that orjson does not write: huge integers, lone surrogates, endless nesting
+            return None
+        return None if b"null" in text else text  # which is also what NaN looks like
+
+
 def tag_of(name: str) -> str:
     """8 upper-case hex digits for a keyword of the DICOM dictionary, or for such a tag itself; else KeyError."""
     if _TAG.fullmatch(name):
@@ -86,8 +157,9 @@ def vr_of(tag: str) -> str:
 
 
 def label_of(tag: str) -> str:
-    """A tag for people: `PatientID (0010,0020)`."""
-    return f"{datadict.keyword_for_tag(int(tag, 16))} ({tag[:4]},{tag[4:]})".strip()
+    """A tag for people: `PatientID (0010,0020)`, `(0029,xx10)` for a private element."""
+    keyword = "" if "x" in tag else datadict.keyword_for_tag(int(tag, 16))
+    return f"{keyword} ({tag[:4]},{tag[4:]})".strip()
 
 
 def _values(element: Json) -> list[Json]:
@@ -138,7 +210,7 @@ def uid(element: Json) -> str | None:
 def uid_in(dataset: Json, tag: str) -> str | None:
     """The UID under a tag of what may be no data set at all; None for anything that is no UID."""
     try:
-        return uid(dataset.get(tag)) if isinstance(dataset, dict) else None
+        return uid(DataSet.of(dataset).get(tag))
     except Invalid:
         return None
 
@@ -230,7 +302,10 @@ def date_time(element: Json) -> DateTime | None:
         raise Invalid("not a date and time")
     _date(match[1] + (match[2] or "01") + (match[3] or "01"))
     day = "-".join(part for part in match.groups()[:3] if part)
-    return DateTime(day, _time(match[4]) if match[4] else None, _offset(match[5]) if match[5] else None)
+    try:
+        return DateTime(day, _time(match[4]) if match[4] else None, _offset(match[5]) if match[5] else None)
+    except Invalid as error:
+        raise Invalid(error.reason, kept=DateTime(day)) from None
 
 
 def person_name(element: Json) -> PersonName | None:
@@ -277,6 +352,46 @@ def items(element: Json) -> list[dict[str, Json]] | None:
     return [item for item in found if item] or None
 
 
+def all_items(element: Json) -> list[dict[str, Json]] | None:
+    """The items of a sequence, empty ones too: where their places count. None where there are none."""
+    items(element)
+    return [item or {} for item in _values(element)] or None
+
+
+def item(element: Json) -> dict[str, Json] | None:
+    """The first item of a sequence that has content."""
+    found = items(element)
+    return found[0] if found else None
+
+
+def each(element: Json) -> list[Json]:
+    """One element per value."""
+    return [{**element, "Value": [value]} for value in _values(element)]
+
+
+def anything(element: Json) -> Json:
+    """The value of an element that the dictionary does not know, by the VR that it says it has."""
+    vr = element.get("vr") if isinstance(element, dict) else None
+    return _BY_VR.get(vr, text)(element) if isinstance(vr, str) else first(element)
+
+
+def number(element: Json) -> int | Decimal | None:
+    """A number (DS, FL, FD), as a JSON number or as text; without an exponent."""
+    value = first(element)
+    if isinstance(value, str):
+        digits = _clean(value)
+        if digits is None:
+            return None
+        if not _NUMBER.fullmatch(digits):
+            raise Invalid("not a number")
+        value = float(digits)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return plain(value)
+    raise Invalid("not a number")
+
+
 def codes(element: Json) -> list[Code] | None:
     """The items of a code sequence that have a code or a meaning (PS3.3 table 8.8-1)."""
     found = []
@@ -293,6 +408,7 @@ Reader: TypeAlias = Callable[[Json], Json]
 _BY_VR: dict[str, Reader] = {
     **dict.fromkeys(("AE", "AS", "CS", "LO", "LT", "SH", "ST", "UC", "UR", "UT"), text),
     **dict.fromkeys(("IS", "SL", "SS", "SV", "UL", "US", "UV"), integer),
+    **dict.fromkeys(("DS", "FD", "FL"), number),
     "DA": date,
     "DT": date_time,
     "PN": person_name,

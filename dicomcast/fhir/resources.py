@@ -4,50 +4,18 @@ A server's copy is raw JSON: it never goes through a model class, and a decimal 
 to the letter (`1.50` stays `1.50`).
 """
 
-import json
 import re
 import uuid
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
-import orjson
-
-Json = Any
-"""A JSON value as Python has it."""
+from dicomcast.decimals import Json
 
 _NAMESPACE = uuid.UUID("8f2f6e1c-6d0e-5c55-9a0b-3d1c7a4e9b10")
 """Of all ids that we assign. It must never change: a lost database finds its resources by it."""
 
 TAG = {"system": "urn:dicomcast", "code": "created"}
 """`meta.tag` of a Patient that we created."""
-
-
-class Decimal(str):
-    """A JSON number with a fraction, or of more digits than an integer of FHIR has, kept as text."""
-
-    __slots__ = ()
-
-
-def loads(content: bytes | str) -> Json:
-    """Parse JSON without touching a decimal. Raises `ValueError`."""
-    return json.loads(content, parse_float=Decimal, parse_int=_integer)
-
-
-def dumps(value: Json) -> bytes:
-    """Serialise what `loads` gave, or what we made."""
-    return orjson.dumps(value, default=_number, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
-
-
-def _integer(text: str) -> int | Decimal:
-    """What orjson can write is a number; a decimal without a fraction may be longer."""
-    return int(text) if len(text) < 19 else Decimal(text)
-
-
-def _number(value: object) -> orjson.Fragment:
-    if isinstance(value, Decimal):
-        return orjson.Fragment(str(value))
-    raise TypeError(type(value).__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from dicomcast import errors, wire
+from dicomcast import decimals, errors, wire
+from dicomcast.decimals import Json
 from dicomcast.fhir import resources
-from dicomcast.fhir.resources import Held, Json, Write, Written
+from dicomcast.fhir.resources import Held, Write, Written
 
 _JSON = "application/fhir+json"
 _READ = {"Accept": _JSON, "Cache-Control": "no-cache"}
@@ -150,7 +151,7 @@ class FhirService:
         entries = [
             {"request": {"method": "GET", "url": f"{query.type}?{urlencode(query.parameters)}"}} for query in queries
         ]
-        content = resources.dumps({"resourceType": "Bundle", "type": "batch", "entry": entries})
+        content = decimals.dumps({"resourceType": "Bundle", "type": "batch", "entry": entries})
         response = await self._service.read("POST", "", headers={**_READ, "Content-Type": _JSON}, content=content)
         answers = _json(response.content).get("entry") or []
         try:
@@ -207,9 +208,9 @@ class FhirService:
             "type": "transaction",
             "entry": [_entry(self._service.url, one) for one in writes],
         }
-        response = await self._service.write("POST", "", headers=_WRITE, content=resources.dumps(bundle))
+        response = await self._service.write("POST", "", headers=_WRITE, content=decimals.dumps(bundle))
         try:
-            answers = resources.loads(response.content)["entry"]
+            answers = decimals.loads(response.content)["entry"]
             return [
                 _written(write, _status(answer), answer["response"], answer.get("resource"))
                 for write, answer in zip(writes, answers, strict=True)
@@ -228,7 +229,7 @@ class FhirService:
                 if refused.status not in (404, 410):
                     raise
             return None
-        content = resources.dumps(resources.pointing(write.resource, addresses))
+        content = decimals.dumps(resources.pointing(write.resource, addresses))
         if write.id is None:
             headers["If-None-Exist"] = write.if_none_exist or ""
             response = await self._service.write("POST", f"/{write.type}", headers=headers, content=content)
@@ -284,6 +285,6 @@ def _json(content: bytes) -> Json:
 
 def _maybe_json(content: bytes) -> Json:
     try:
-        return resources.loads(content)
+        return decimals.loads(content)
     except ValueError:
         return None

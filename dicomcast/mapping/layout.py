@@ -35,27 +35,31 @@ def in_order(parts: Iterable[dict[str, Json]]) -> list[dict[str, Json]]:
 
 
 class Layout:
-    """The elements of every level that rules own."""
+    """The elements of every level, and of every kind of report, that rules own."""
 
     def __init__(self, table: Iterable[Rule], context: Context):
         self._context = context
-        self.rules: dict[str, tuple[Rule, ...]] = {
-            level: tuple(rule for rule in table if rule.level == level) for level in LEVELS
-        }
-        self._elements: dict[str, dict[str, list[Rule]]] = {level: {} for level in LEVELS}
+        self.rules: dict[str, list[Rule]] = {level: [] for level in LEVELS if level != "report"}
+        self._elements: dict[str, dict[str, list[Rule]]] = {level: {} for level in self.rules}
         for rule in table:
-            self._elements[rule.level].setdefault(rule.element, []).append(rule)
+            self.rules.setdefault(rule.place, []).append(rule)
+            self._elements.setdefault(rule.place, {}).setdefault(rule.element, []).append(rule)
 
     def rule_of(self, level: str, element: str) -> str | None:
         """The id of the (first) rule for an element."""
         found = self._elements[level].get(element.lstrip("_"))
         return found[0].id if found else None
 
-    def write(self, level: str, old: Mapping[str, Json], values: Items) -> dict[str, Json]:
-        """`old` with what our rules own set to `values`, and removed where there is none. Children stay as they are."""
+    def write(self, level: str, old: Mapping[str, Json], values: Items, *, fills: bool = True) -> dict[str, Json]:
+        """`old` with what our rules own set to `values`, and removed where there is none. Children stay as they are.
+
+        Without `fills`, elements of the owner `fill` that are there stay as they are: somebody else may have set them.
+        """
         new = dict(old)
         for element, owners in self._elements[level].items():
             rule = owners[0]
+            if rule.owner == "fill" and not fills and element in old:
+                continue
             if isinstance(rule.target, Slice):
                 value = self._list(new.get(element), owners, values) or None
             elif rule.owner == "once" and old:
@@ -100,20 +104,24 @@ class Layout:
         ours = [item for item in items if target.ours(item, wanted, self._context)]
         return ours or [item for item in items if target.could_be(item)] or None
 
-    def merge(self, existing: Mapping[str, Json], wanted: Mapping[str, Json], level: str) -> dict[str, Json]:
+    def merge(
+        self, existing: Mapping[str, Json], wanted: Mapping[str, Json], level: str, *, fills: bool
+    ) -> dict[str, Json]:
         """What we own as in `wanted`, the rest as in `existing`, for a part and its children."""
-        new = self.write(level, existing, self.read(level, wanted))
+        new = self.write(level, existing, self.read(level, wanted), fills=fills)
         if level in _CHILDREN:
             element, child = _CHILDREN[level]
             known = by_uid(existing.get(element))
-            merged = [self._child(known.get(part["uid"]), part, child) for part in wanted.get(element) or ()]
+            merged = [
+                self._child(known.get(part["uid"]), part, child, fills=fills) for part in wanted.get(element) or ()
+            ]
             _set(new, element, merged or None)
         return new
 
-    def _child(self, old: dict[str, Json] | None, part: dict[str, Json], level: str) -> dict[str, Json]:
-        if old is None or old == part or not (level in _CHILDREN or old.keys() - self._elements[level].keys()):
+    def _child(self, old: dict[str, Json] | None, part: dict[str, Json], level: str, *, fills: bool) -> dict[str, Json]:
+        if old is None or old == part:
             return part
-        return self.merge(old, part, level)
+        return self.merge(old, part, level, fills=fills)
 
     def foreign(self, content: Mapping[str, Json], level: str) -> Iterator[str]:
         """The elements in a part and its children that hold something that no rule of ours can have written."""

@@ -1,173 +1,234 @@
-"""From module names to a `Mapping`: loads rule tables, checks them, compiles them."""
+"""From the names of modules and overlays to a `Mapping`: loads rule tables, checks them, compiles them."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Dictionary
+from pathlib import Path
+from types import ModuleType
 
 import orjson
+import pydantic
+import yaml
 
 from dicomcast import errors
-from dicomcast.dicom import values
-from dicomcast.dicom.values import Json
-from dicomcast.mapping import engine, rules, steps, study, tables, validation
+from dicomcast.dicom.values import DataSet, Json
+from dicomcast.mapping import checking, engine, rules, steps, tables, validation
+from dicomcast.mapping import study as combining
 from dicomcast.mapping.engine import Instance
 from dicomcast.mapping.layout import RESOURCES, Layout, by_uid
-from dicomcast.mapping.rules import Context, Rule, Slice
-from dicomcast.mapping.study import Built
+from dicomcast.mapping.rules import Context, Report, Rule
+from dicomcast.mapping.study import Built, Observed
 
 SHIPPED = "dicomcast_mappings"
-REVISION = 1  # raise it when the same rules give other content than before: it is part of the digest
+REVISION = 2  # raise it when the same rules give other content than before: it is part of the digest
 
-_REQUIRED = ("patient.identifier", "study.uid", "series.uid", "instance.uid")
+_REQUIRED = ("patient.identifier", "study.uid", "series.uid", "instance.uid", "endpoint.identifier")
 # They change the Endpoint alone, or, as meta.source, only what is yet to be created.
 _NOT_HASHED = ("dicom_url", "endpoint_address", "endpoint_name")
 
 
-def load(names: Sequence[str], context: Context) -> "Mapping":
-    """The mapping made of these modules: names of shipped ones, or dotted names of a site's own, each with `RULES`.
+def load(names: Sequence[str], context: Context, *, validated: bool = True) -> "Mapping":
+    """The mapping made of these, in order: shipped modules by name, a site's own by dotted name or file (`.py`), each
+    with `RULES` and perhaps `REPORTS`, and overlays (`.yaml`). A later rule replaces the one with its id.
 
-    A rule replaces the one with its id in a module before. Raises `errors.Misconfigured` with every problem.
+    Raises `errors.Misconfigured` with every problem. `validated=False` leaves fhir.resources out, for measurements.
     """
-    problems = list(context.problems())
-    table: dict[str, Rule] = {}
+    draft = Draft()
     for name in names:
-        found = list(_module_rules(name, problems))
-        ids = [rule.id for rule in found]
-        problems += [f"mapping module {name}: {id} stands there twice" for id in sorted({*ids}) if ids.count(id) > 1]
-        table.update({rule.id: rule for rule in found})
-    problems += [problem for rule in table.values() for problem in _problems(rule)]
-    problems += [f"mapping: no rule {id}" for id in _REQUIRED if id not in table]
-    problems += _mixed(table.values())
-    if problems:
+        draft.add(name)
+    if problems := [*context.problems(), *draft.problems()]:
         raise errors.Misconfigured(problems)
-    return Mapping(tuple(table.values()), context)
+    return Mapping(tuple(draft.rules.values()), tuple(draft.reports.values()), context, validated=validated)
 
 
-def _module_rules(name: str, problems: list[str]) -> Iterator[Rule]:
-    path = name if "." in name else f"{SHIPPED}.{name}"
-    try:
-        module = importlib.import_module(path)
-    except Exception as error:  # whatever a site's module may raise
-        absent = isinstance(error, ModuleNotFoundError) and error.name is not None and path.startswith(error.name)
-        why = "not found" if absent else f"{type(error).__name__} when it was loaded: {error}"
-        problems.append(f"mapping module {name}: {why}")
-        return
-    found = getattr(module, "RULES", None)
-    if not isinstance(found, tuple) or not all(isinstance(rule, Rule) for rule in found):
-        problems.append(f"mapping module {name}: has no RULES, a tuple of Rule")
-        return
-    yield from found
+class Draft:
+    """Rules and reports as they are gathered, where each is from (file and line), and what went wrong on the way."""
 
+    def __init__(self) -> None:
+        self.rules: dict[str, Rule] = {}
+        self.reports: dict[str, Report] = {}
+        self.places: dict[str, str] = {}
+        self._unloaded: list[str] = []
 
-def _problems(rule: Rule) -> Iterator[str]:
-    for problem in (*_of_origin(rule), *_of_target(rule)):
-        yield f"rule {rule.id}: {problem}"
+    def add(self, name: str) -> None:
+        """Add a module or an overlay."""
+        if name.endswith((".yaml", ".yml")):
+            self._overlay(name)
+        else:
+            self._module(name)
 
+    def problems(self) -> Iterator[str]:
+        """What could not be loaded, and what is wrong with what was."""
+        yield from self._unloaded
+        for report in self.reports.values():
+            yield from checking.of_report(report)
+        for rule in self.rules.values():
+            for problem in checking.problems(rule, self.reports):
+                yield f"{self.places[rule.id]}: {problem}"
+        for rule, problem in checking.mixed(self.rules.values()):
+            yield f"{self.places[rule.id]}: {problem}"
+        if not self._unloaded:
+            yield from (f"mapping: no rule {id}" for id in _REQUIRED if id not in self.rules)
 
-def _of_origin(rule: Rule) -> Iterator[str]:
-    if not isinstance(rule.sources, tuple) or not isinstance(rule.steps, tuple):
-        yield "sources and steps must be tuples"
-        return
-    origins = (rule.sources or None, rule.constant, rule.setting, rule.derive, rule.link)
-    if sum(origin is not None for origin in origins) != 1:
-        yield "needs exactly one of sources, constant, setting, derive, link"
-    try:
-        orjson.dumps(rule.constant)
-    except TypeError:
-        yield "constant is not JSON"
-    for source in rule.sources:
-        for path in (source,) if isinstance(source, str) else source:
-            yield from _of_path(rules.path_of(path))
-    for step in (*rule.steps, rule.derive, rule.default):
-        if step is not None and not callable(step) and step not in steps.STEPS:
-            yield f"unknown step {step}"
-    if (rule.derive is not None and rule.level not in ("study", "series")) or (rule.link and rule.level != "study"):
-        yield "derive is for study and series, link for study"
-    if rule.setting is not None and rule.setting not in Context.__dataclass_fields__:
-        yield f"unknown setting {rule.setting}"
-    if rule.link is not None and rule.link not in rules.LINKS:
-        yield f"unknown link {rule.link}"
-
-
-def _of_path(path: list[str]) -> Iterator[str]:
-    for index, name in enumerate(path):
+    def _module(self, name: str) -> None:
         try:
-            tag = values.tag_of(name)
-            values.reader(tag)
-            vr = values.vr_of(tag)
-        except KeyError:
-            yield f"unknown keyword or tag, or one that can't be mapped: {name}"
-            continue
-        if index < len(path) - 1 and vr != "SQ":
-            yield f"{name} is not a sequence"
+            module = _from_file(name) if name.endswith(".py") else _imported(name)
+        except Exception as error:  # whatever a site's module may raise
+            absent = isinstance(error, FileNotFoundError | ModuleNotFoundError) and _is(error, name)
+            why = "not found" if absent else f"{type(error).__name__} when it was loaded: {error}"
+            self._unloaded.append(f"mapping module {name}: {why}")
+            return
+        found = getattr(module, "RULES", None)
+        if not isinstance(found, tuple) or not all(isinstance(rule, Rule) for rule in found):
+            self._unloaded.append(f"mapping module {name}: has no RULES, a tuple of Rule")
+            return
+        ids = [rule.id for rule in found]
+        self._unloaded += [
+            f"mapping module {name}: {id} stands there twice" for id in sorted({*ids}) if ids.count(id) > 1
+        ]
+        for rule in found:
+            self._put(rule, f"{name}:{_line(module, rule.id)}")
+        self.reports |= {report.name: report for report in getattr(module, "REPORTS", ())}
+
+    def _overlay(self, name: str) -> None:
+        """`rules`, each like a `Rule`, with `source` for its sources; `disable`, a list of ids."""
+        try:
+            loader = yaml.SafeLoader(Path(name).read_text(encoding="utf-8"))
+            root = loader.get_single_node()
+            overlay = _Overlay.model_validate({} if root is None else loader.construct_document(root))
+        except pydantic.ValidationError as error:
+            self._unloaded += [f"mapping overlay {name}: {_told(one)}" for one in error.errors()]
+            return
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            why = getattr(error, "strerror", None) or getattr(error, "problem", None) or "not text"
+            self._unloaded.append(f"mapping overlay {name}{f':{mark.line + 1}' if mark else ''}: {why}")
+            return
+        lines = _lines(root)
+        for row, line in zip(overlay.rules, lines.get("rules", ()), strict=True):
+            try:
+                self._put(_RULE.validate_python(_spelled(row)), f"{name}:{line}")
+            except pydantic.ValidationError as error:
+                self._unloaded += [f"{name}:{line}: rule {row.get('id')}: {_told(one)}" for one in error.errors()]
+        for id, line in zip(overlay.disable, lines.get("disable", ()), strict=True):
+            if self.rules.pop(id, None) is None:
+                self._unloaded.append(f"{name}:{line}: rule {id}: there is none to disable")
+
+    def _put(self, rule: Rule, place: str) -> None:
+        self.rules[rule.id] = rule
+        self.places[rule.id] = place
 
 
-def _of_target(rule: Rule) -> Iterator[str]:
-    for value, known, what in (
-        (rule.level, rules.LEVELS, "level"),
-        (rule.policy, rules.POLICIES, "policy"),
-        (rule.owner, rules.OWNERS, "owner"),
-    ):
-        if value not in known:
-            yield f"unknown {what} {value}"
-    if rule.level not in rules.LEVELS:
-        return
-    if isinstance(rule.target, Slice) and rule.target.default not in (None, *Context.__dataclass_fields__):
-        yield f"unknown setting {rule.target.default}"
-    if rule.element not in validation.elements(rule.level):
-        yield f"unknown target element {rule.element}"
-    elif isinstance(rule.target, Slice) and not validation.is_list(rule.level, rule.element):
-        yield f"target element {rule.element} is not a list"
-    elif rule.policy == "union" and not validation.is_list(rule.level, rule.element):
-        yield f"policy union needs a list, and {rule.element} is none"
+class _Overlay(pydantic.BaseModel, extra="forbid"):
+    rules: list[dict[str, Json]] = []
+    disable: list[str] = []
 
 
-def _mixed(table: Iterable[Rule]) -> Iterator[str]:
-    """Two rules of one element must both own slices of it."""
-    owners: dict[tuple[str, str], Rule] = {}
-    for rule in table:
-        other = owners.setdefault((rule.level, rule.element), rule)
-        if other is not rule and not (isinstance(rule.target, Slice) and isinstance(other.target, Slice)):
-            yield f"rule {rule.id}: {other.id} owns {rule.level} {rule.element} too"
+_RULE = pydantic.TypeAdapter(Rule)
+
+
+def _spelled(row: dict[str, Json]) -> dict[str, Json]:
+    """A rule of an overlay as `Rule` has it: there, one `source` or one text of `when` need no list."""
+    rule = {name: value for name, value in row.items() if name != "source"}
+    if "source" in row:
+        rule["sources"] = [row["source"]] if isinstance(row["source"], str) else row["source"]
+    if isinstance(when := row.get("when"), dict):
+        rule["when"] = {text: [one] if isinstance(one, str) else one for text, one in when.items()}
+    return rule
+
+
+def _told(error: Json) -> str:
+    return f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
+
+
+def _lines(root: yaml.Node | None) -> dict[str, list[int]]:
+    """The lines of the items of every list in a YAML mapping, by its key."""
+    pairs = root.value if isinstance(root, yaml.MappingNode) else ()
+    return {key.value: [item.start_mark.line + 1 for item in found.value] for key, found in pairs}
+
+
+def _imported(name: str) -> ModuleType:
+    return importlib.import_module(name if "." in name else f"{SHIPPED}.{name}")
+
+
+def _from_file(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"dicomcast_site_{Path(name).stem}", name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is(missing: FileNotFoundError | ModuleNotFoundError, name: str) -> bool:
+    """Whether the module itself is what was not found, or something that it asked for."""
+    if isinstance(missing, ModuleNotFoundError):
+        return missing.name is not None and (f"{SHIPPED}.{name}" if "." not in name else name).startswith(missing.name)
+    return bool(missing.filename == str(Path(name).resolve()) or missing.filename == name)
+
+
+def _line(module: ModuleType, id: str) -> int:
+    """The line of a module on which a rule's id stands; its first one where it is put together."""
+    try:
+        lines = inspect.getsource(module).splitlines()
+    except (OSError, TypeError):
+        return 1
+    return next((number for number, line in enumerate(lines, 1) if f'"{id}"' in line or f"'{id}'" in line), 1)
 
 
 class Mapping:
     """A compiled set of rules: everything between DICOM JSON and FHIR JSON. Pure; safe to use from several threads."""
 
-    def __init__(self, table: tuple[Rule, ...], context: Context):
+    def __init__(self, table: tuple[Rule, ...], kinds: tuple[Report, ...], context: Context, *, validated: bool = True):
         self.context = context
         self.rules = table
-        self.digest = _digest(table, context)
+        self.kinds = kinds
+        self.digest = _digest(table, kinds, context)
         # A rule whose setting is not set neither writes nor owns its element.
         active = [rule for rule in table if rule.setting is None or getattr(context, rule.setting)]
         self._layout = Layout(active, context)
-        self._reader = engine.Readings(active, context, self._layout)
+        self._reader = engine.Readings(
+            active, kinds, context, self._layout, functools.partial(validation.problems, models=validated)
+        )
 
-    def read(self, dataset: Json) -> Instance:
+    def read(self, dataset: DataSet | Json) -> Instance:
         """One instance (DICOM JSON object), mapped and validated. Raises `errors.InstanceFailed`, nothing else."""
         return self._reader.read(dataset)
 
+    def explain(self, dataset: DataSet | Json) -> Iterator[tuple[Rule, str, Json]]:
+        """What each rule finds in one instance: rule, tag of the first attribute that it came from, FHIR value."""
+        for rule, part, value in self._reader.origins(DataSet.of(dataset)):
+            yield rule, part.tag, value
+
     def study(self, instances: Iterable[Instance], *, subject: Json, endpoint: Json) -> Built:
         """The ImagingStudy of a complete set of instances, with these references. Raises `errors.StudyFailed`."""
-        return study.build(self._layout, self.context, None, instances, {"subject": subject, "endpoint": endpoint})
+        return combining.build(self._layout, self.context, None, instances, {"subject": subject, "endpoint": endpoint})
 
     def extend(self, base: Json, instances: Iterable[Instance], *, subject: Json, endpoint: Json) -> Built:
         """An ImagingStudy that we wrote and instances that are not in it: what `study` gives for all, and the foreign.
 
         Raises `errors.Disagreement` where only the whole study can tell, `errors.StudyFailed` as `study` does.
         """
-        return study.build(self._layout, self.context, base, instances, {"subject": subject, "endpoint": endpoint})
+        return combining.build(self._layout, self.context, base, instances, {"subject": subject, "endpoint": endpoint})
 
     def patient(self, instances: Iterable[Instance]) -> Built:
         """The Patient of a study's instances, at least one. Raises `errors.StudyFailed`."""
-        return study.patient(self._layout, self.context, instances)
+        return combining.patient(self._layout, self.context, instances)
+
+    def reports(self, instances: Iterable[Instance], *, subject: Json, study: Json) -> list[Observed]:
+        """The Observations that these instances bring with them, with these references. Raises `errors.StudyFailed`."""
+        return combining.reports(self._layout, self.context, instances, {"subject": subject, "study": study})
 
     def patient_key(self, instances: Iterable[Instance]) -> tuple[str | None, str]:
         """Identifier system (or None) and PatientID of the patient whom most of these instances name."""
-        return study.patient_key(instances)
+        return combining.patient_key(instances)
 
     def endpoint(self) -> dict[str, Json]:
         """The Endpoint. Raises `errors.Misconfigured` where the context lacks what one needs."""
@@ -180,13 +241,17 @@ class Mapping:
             raise errors.Misconfigured(found)
         return resource
 
-    def merge(self, existing: Json, wanted: Json) -> dict[str, Json]:
-        """What our rules own as in `wanted`, everything else as in `existing` (None: nothing there yet)."""
+    def merge(self, existing: Json, wanted: Json, *, report: str | None = None, fills: bool = True) -> dict[str, Json]:
+        """What our rules own as in `wanted`, everything else as in `existing` (None: nothing there yet).
+
+        `report` is the kind of an Observation. Without `fills`, elements that our rules only fill stay where they are.
+        """
         if existing is None:
             return dict(wanted)
         if existing.get("resourceType") != wanted["resourceType"]:
             raise ValueError("resources of different types")
-        return self._layout.merge(existing, wanted, RESOURCES[wanted["resourceType"]])
+        place = f"report {report}" if report else RESOURCES[wanted["resourceType"]]
+        return self._layout.merge(existing, wanted, place, fills=fills)
 
     def foreign(self, resource: Json) -> bool:
         """Whether a resource holds anything that our rules can't have written (generated narrative aside)."""
@@ -210,14 +275,14 @@ def _content(resource: Dictionary[str, Json]) -> dict[str, Json]:
     return {name: value for name, value in resource.items() if name not in ("id", "meta")}
 
 
-def _digest(table: Iterable[Rule], context: Context) -> str:
+def _digest(table: Iterable[Rule], kinds: Iterable[Report], context: Context) -> str:
     """SHA-256, in hex, of all that decides what instances become."""
     settings = {name: getattr(context, name) for name in Context.__dataclass_fields__ if name not in _NOT_HASHED}
-    settings["issuers"] = dict(context.issuers)
+    settings |= {name: dict(value) for name, value in settings.items() if isinstance(value, Dictionary)}
     named = [step for rule in table for step in (*rule.steps, rule.derive, rule.default)]
     custom = [_source(step) for step in named if step is not None and not isinstance(step, str)]
-    terms = sorted(map(list, tables.modalities().values()))
-    content = [REVISION, [rule.row() for rule in table], settings, custom, terms]
+    rows = [rule.row() for rule in table]
+    content = [REVISION, rows, list(map(dataclasses.astuple, kinds)), settings, custom, tables.content()]
     return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 

@@ -1,72 +1,27 @@
 """The named steps of rules: plain values in, FHIR R4 values out.
 
-A step takes a value and the context and gives a value, None to say "nothing", or raises `values.Invalid`. A rule that
-reads several attributes together hands its first step a tuple of them.
+A step takes a value, the context, and the texts in its parentheses, and gives a value, None to say "nothing", or raises
+`values.Invalid`. A source that reads several attributes together hands its first step a tuple of them, with None for
+those that have no value, and nothing at all if none has.
 """
 
-import datetime
 import functools
+import inspect
 import re
-import uuid
-from collections.abc import Iterable
-from zoneinfo import ZoneInfo
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+from dicomcast.decimals import Decimal
 from dicomcast.dicom import values
 from dicomcast.dicom.values import Json
-from dicomcast.mapping import tables
+from dicomcast.mapping import concepts, content, identifiers, notation, requests, tables, times
+from dicomcast.mapping.identifiers import URI
 from dicomcast.mapping.rules import Context, Rule, Slice, Step
 
-URI = "urn:ietf:rfc:3986"
-DICOM_UID = "urn:dicom:uid"
-IDENTIFIER_TYPE = "http://terminology.hl7.org/CodeSystem/v2-0203"
 REPRESENTATION = "http://hl7.org/fhir/StructureDefinition/iso21090-EN-representation"
 GENDERS = {"M": "male", "F": "female", "O": "other"}
 
 _CODE = re.compile(r"[A-Za-z0-9_]+( [A-Za-z0-9_]+)*")
-
-
-def study_identifier(uid: str, _context: Context) -> Json:
-    """The identifier that a study is searched by (FHIR R4 ImagingStudy notes)."""
-    return {"use": "official", "system": DICOM_UID, "value": f"urn:oid:{uid}"}
-
-
-def patient_identifier(read: tuple[str, str | None, str | None, str | None], context: Context) -> Json:
-    """PatientID, IssuerOfPatientID, its qualifiers' UniversalEntityID and type: an identifier of type MR."""
-    value, issuer, universal, kind = read
-    system = _system(universal, kind, issuer, context) or context.patient_system
-    return _identifier("MR", system, value)
-
-
-def accession_identifier(read: tuple[str, str | None, str | None, str | None], context: Context) -> Json:
-    """AccessionNumber, its issuer's LocalNamespaceEntityID, UniversalEntityID and type: an identifier of type ACSN."""
-    value, local, universal, kind = read
-    system = _system(universal, kind, local, context) or context.accession_system
-    return _identifier("ACSN", system, value)
-
-
-def _identifier(kind: str, system: str | None, value: str) -> Json:
-    named = {"system": system} if system else {}
-    return {"type": {"coding": [{"system": IDENTIFIER_TYPE, "code": kind}]}, **named, "value": value}
-
-
-def _system(universal: str | None, kind: str | None, local: str | None, context: Context) -> str | None:
-    """The URI of an issuer (PS3.3 10.14): what it says of itself, or the site's table for either of its names."""
-    if universal is not None:
-        system = context.issuers.get(universal) or _universal_uri(universal, kind)
-        if system:
-            return system
-    return context.issuers.get(local) if local is not None else None
-
-
-def _universal_uri(universal: str, kind: str | None) -> str | None:
-    if kind == "ISO" and values.is_uid(universal):
-        return f"urn:oid:{universal}"
-    if kind == "UUID":
-        try:
-            return f"urn:uuid:{uuid.UUID(universal)}"
-        except ValueError:
-            return None
-    return universal if kind == "URI" and values.is_uri(universal) else None
 
 
 def human_names(name: values.PersonName, _context: Context) -> Json:
@@ -137,36 +92,6 @@ def unsigned(number: int, _context: Context) -> Json:
     return number
 
 
-def started(read: tuple[str, values.Time | None, str | None], context: Context) -> Json:
-    """Date, time and offset as dateTime: FHIR R4 has no time of day without seconds and zone, so the date alone else.
-
-    A zone is never guessed, and no precision invented but the seconds that the type demands.
-    """
-    day, time, offset = read
-    if time is None or time.minute is None:
-        return day
-    if offset is None and context.timezone is not None:
-        offset = _site_offset(day, time, context.timezone)
-    if offset is None:
-        return day
-    fraction = f".{time.fraction[:3]:0<3}" if time.fraction else ""
-    return f"{day}T{time.hour:02}:{time.minute:02}:{time.second or 0:02}{fraction}{offset}"
-
-
-def _site_offset(day: str, time: values.Time, zone: str) -> str | None:
-    """+HH:MM of that zone then; None for the local mean times of long ago, which have seconds."""
-    clock = datetime.time(time.hour, time.minute or 0, min(time.second or 0, 59))
-    then = datetime.datetime.combine(datetime.date.fromisoformat(day), clock, ZoneInfo(zone))
-    seconds = int((then.utcoffset() or datetime.timedelta()).total_seconds())
-    hours, rest = divmod(abs(seconds), 3600)
-    return None if rest % 60 else f"{'-' if seconds < 0 else '+'}{hours:02}:{rest // 60:02}"
-
-
-def endpoint_identifier(url: str, _context: Context) -> Json:
-    """The identifier that an Endpoint is searched by: the service that it belongs to."""
-    return {"system": URI, "value": url}
-
-
 def meta_source(url: str, _context: Context) -> Json:
     """Where a resource comes from."""
     return {"source": url}
@@ -189,16 +114,156 @@ def count_instances(part: Json, _context: Context) -> Json:
     return len(part.get("instance", ())) + sum(len(series.get("instance", ())) for series in part.get("series", ()))
 
 
-_ALL: tuple[Step, ...] = (
-    study_identifier, patient_identifier, accession_identifier, human_names, gender, modality, unknown_modality,
-    sop_class, unsigned, started, endpoint_identifier, meta_source, study_modalities, count_series, count_instances,
-)  # fmt: skip
-STEPS = {step.__name__: step for step in _ALL}
+# What overlays need ---------------------------------------------------------------------------------------------------
 
 
-def resolve(step: str | Step) -> Step:
-    """The function of a step: registered under that name, or given as it is."""
-    return STEPS[step] if isinstance(step, str) else step
+def trim(value: Json, _context: Context) -> Json:
+    """Text without the blanks around it; a number as text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise values.Invalid("not text")
+    return str(value).strip() or None
+
+
+def same(found: list[Json], _context: Context) -> Json:
+    """What several values say, if they all say it; empty ones say nothing."""
+    said = [one for one in found if one is not None]
+    if any(one != said[0] for one in said):
+        raise values.Invalid("its values disagree")
+    return said[0]
+
+
+def coded(value: dict[str, Json], _context: Context) -> Json:
+    """A Coding if it has a code."""
+    return value if "code" in value else None
+
+
+def yes_no(value: str, _context: Context) -> Json:
+    """YES or Y, NO or N (any case) as boolean."""
+    if value.upper() not in ("YES", "Y", "NO", "N"):
+        raise values.Invalid("neither YES nor NO")
+    return value.upper().startswith("Y")
+
+
+def lookup(value: str, _context: Context, *pairs: str) -> Json:
+    """The text that stands for this one in `lookup("A", "for A", "B", "for B")`."""
+    table = dict(zip(pairs[::2], pairs[1::2], strict=False))
+    if value not in table:
+        raise values.Invalid("not in the rule's table")
+    return table[value]
+
+
+def uid_uri(uid: str, _context: Context) -> Json:
+    """A UID as `urn:oid:`."""
+    return f"urn:oid:{uid}"
+
+
+def identifier(value: str, _context: Context, system: str) -> Json:
+    """A text as Identifier of that system."""
+    return {"system": system, "value": value}
+
+
+def coding(code: str, _context: Context, system: str) -> Json:
+    """A text as the code of a Coding of that system."""
+    return {"system": system, "code": code}
+
+
+def quantity(value: int | Decimal, _context: Context, unit: str) -> Json:
+    """A number as Quantity with that UCUM unit."""
+    return {"value": value, "unit": unit, "system": tables.UCUM, "code": unit}
+
+
+def text_concept(text: str, _context: Context) -> Json:
+    """A text as CodeableConcept without a code."""
+    return {"text": text}
+
+
+def display(text: str, _context: Context) -> Json:
+    """A text as Reference that says no more."""
+    return {"display": text}
+
+
+def annotation(text: str, _context: Context) -> Json:
+    """A text as Annotation."""
+    return {"text": text}
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+class Registered(NamedTuple):
+    """A step by name: what it takes (readers of `values` by name, or `several` read together) and the FHIR type that it
+    gives; a `*` is a list of such, `any` anything."""
+
+    function: Callable[..., Json]
+    takes: str
+    gives: str
+
+    def arguments(self) -> tuple[int, float]:
+        """How many texts it takes in parentheses, at least and at most."""
+        parameters = list(inspect.signature(self.function).parameters.values())[2:]
+        many = any(one.kind is one.VAR_POSITIONAL for one in parameters)
+        return len(parameters) - many, float("inf") if many else len(parameters)
+
+
+_TABLE: dict[Callable[..., Json], str] = {
+    identifiers.study_identifier: "uid Identifier",
+    identifiers.patient_identifier: "several Identifier",
+    identifiers.accession_identifier: "several Identifier",
+    identifiers.endpoint_identifier: "text Identifier",
+    human_names: "person_name HumanName*",
+    gender: "text Code",
+    modality: "text Coding",
+    unknown_modality: "any Coding",
+    sop_class: "uid Coding",
+    unsigned: "integer UnsignedInt",
+    times.started: "several DateTime",
+    times.started_at: "several DateTime",
+    times.earliest_at: "several DateTime",
+    meta_source: "text Meta",
+    study_modalities: "any Coding*",
+    count_series: "any UnsignedInt",
+    count_instances: "any UnsignedInt",
+    concepts.code: "items|several Coding",
+    concepts.codes: "items|several Coding*",
+    concepts.concept: "items|several CodeableConcept",
+    concepts.concepts: "items|several CodeableConcept*",
+    concepts.body_part: "text Coding",
+    concepts.laterality: "text Coding",
+    concepts.laterality_r4: "text Coding",
+    requests.practitioner: "person_name|several Reference",
+    requests.practitioners: "person_name*|several Reference*",
+    requests.performers: "person_name*|several ImagingStudySeriesPerformer*",
+    requests.based_on: "several Reference*",
+    requests.procedures: "several CodeableConcept*",
+    requests.reasons: "several CodeableConcept*",
+    requests.specimens: "items Reference*",
+    content.components: "item|item* ObservationComponent*",
+    content.summarised: "several String",
+    content.uid_identifier: "uid Identifier",
+    content.uid_reference: "uid Reference",
+    trim: "any String",
+    same: "any any",
+    coded: "Coding Coding",
+    yes_no: "text Boolean",
+    lookup: "text String",
+    uid_uri: "uid Uri",
+    identifier: "text Identifier",
+    coding: "text Coding",
+    quantity: "number|integer Quantity",
+    text_concept: "text CodeableConcept",
+    display: "text Reference",
+    annotation: "text Annotation",
+}
+STEPS = {function.__name__: Registered(function, *kinds.split()) for function, kinds in _TABLE.items()}
+
+
+def resolve(step: str | notation.Call | Step) -> Step:
+    """The function of a step: registered under that name, with its arguments, or given as it is."""
+    if callable(step):
+        return step
+    call = notation.call(step) if isinstance(step, str) else step
+    function = STEPS[call.name].function
+    return (lambda value, context: function(value, context, *call.arguments)) if call.arguments else function
 
 
 def fixed(table: Iterable[Rule], context: Context) -> dict[str, Json]:
@@ -209,5 +274,5 @@ def fixed(table: Iterable[Rule], context: Context) -> dict[str, Json]:
         for step in () if value is None or rule.setting is None else rule.steps:
             value = resolve(step)(value, context)
         if value is not None:
-            given[rule.id] = [value] if isinstance(rule.target, Slice) and not isinstance(value, list) else value
+            given[rule.id] = rule.target.items(value) if isinstance(rule.target, Slice) else value
     return given

@@ -1,8 +1,7 @@
 """Many instances into one resource. No result depends on the order of instances, nor on how they came in groups."""
 
 import dataclasses
-import datetime
-import re
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,10 @@ import orjson
 
 from dicomcast import errors
 from dicomcast.dicom.values import Json
-from dicomcast.mapping import steps, validation
+from dicomcast.mapping import identifiers, steps, times, validation
 from dicomcast.mapping.engine import PATIENT, Instance, Issue, Values
 from dicomcast.mapping.layout import Layout, by_uid, in_order
 from dicomcast.mapping.rules import Context, Rule, Slice
-
-_DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d)T(\d\d):(\d\d):(\d\d(?:\.\d+)?)(?:Z|([+-])(\d\d):(\d\d))")
 
 Counts: TypeAlias = "Mapping[Values, int]"  # how many instances say this
 Links: TypeAlias = "Mapping[str, Json]"  # what the caller hands in, by name
@@ -29,6 +26,15 @@ class Built:
 
     resource: dict[str, Json]
     issues: tuple[Issue, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """An Observation that an instance of a study brings with it: its report's name, and what finds it again."""
+
+    name: str
+    identifier: dict[str, str]
+    resource: dict[str, Json]
 
 
 class _Vote(NamedTuple):
@@ -68,6 +74,33 @@ def patient(layout: Layout, context: Context, instances: Iterable[Instance]) -> 
     return Built(resource, tuple(issues))
 
 
+def reports(layout: Layout, context: Context, instances: Iterable[Instance], links: Links) -> list[Observed]:
+    """The Observations of these instances, each identified by SOP Instance UID, kind and key: the same ever after."""
+    found = []
+    for instance in sorted(_distinct(instances), key=lambda one: one.sop_uid):
+        for reported in instance.reports:
+            place = f"report {reported.name}"
+            name = uuid.uuid5(uuid.NAMESPACE_OID, f"{instance.sop_uid} {reported.name} {reported.key}")
+            identifier = {"system": identifiers.URI, "value": f"urn:uuid:{name}"}
+            table = layout.rules[place]
+            given = _linked(table, {**links, "identifier": identifier}) | steps.fixed(table, context)
+            resource = {"resourceType": "Observation", **layout.write(place, {}, {**reported.items, **given})}
+            _judge(layout, place, resource)
+            found.append(Observed(reported.name, identifier, resource))
+    return found
+
+
+def _linked(table: Iterable[Rule], links: Links) -> dict[str, Json]:
+    """The values that the caller hands in, by rule id."""
+    given = {}
+    for rule in table:
+        if rule.link is not None:
+            link = links[rule.link]
+            many = validation.is_list(rule.place, rule.element)
+            given[rule.id] = rule.target.items(link) if isinstance(rule.target, Slice) else [link] if many else link
+    return given
+
+
 def _distinct(instances: Iterable[Instance]) -> list[Instance]:
     """Each SOP instance once; of several with one UID the one whose content comes first, wherever it stood."""
     found: dict[tuple[str, str, str], Instance] = {}
@@ -80,7 +113,9 @@ def _distinct(instances: Iterable[Instance]) -> list[Instance]:
 
 
 def _content(instance: Instance) -> tuple[bytes, ...]:
-    return orjson.dumps(instance.resource), instance.patient.key, instance.study.key, instance.series.key
+    reports = orjson.dumps([(one.name, one.key, one.items) for one in instance.reports], option=orjson.OPT_SORT_KEYS)
+    levels = instance.patient.key, instance.study.key, instance.series.key
+    return orjson.dumps(instance.resource), *levels, reports
 
 
 def _judge(layout: Layout, level: str, content: dict[str, Json]) -> None:
@@ -152,13 +187,12 @@ class _Build:
 
     def _completed(self, level: str, items: dict[str, Json], content: Json, old: Json) -> dict[str, Json]:
         """With the values that don't come from instances: constants, settings, links, what is counted."""
-        given = steps.fixed(self._layout.rules[level], self._context)
-        for rule in self._layout.rules[level]:
+        table = self._layout.rules[level]
+        given = steps.fixed(table, self._context) | _linked(table, self._links)
+        for rule in table:
             if rule.link is not None:
-                link = self._links[rule.link]
-                if old and isinstance(rule.target, str) and _differs(old.get(rule.element), link):
+                if old and isinstance(rule.target, str) and _differs(old.get(rule.element), given[rule.id]):
                     raise errors.Disagreement(rule.id)
-                given[rule.id] = [link] if isinstance(rule.target, Slice) else link
             elif rule.derive is not None:
                 given[rule.id] = steps.resolve(rule.derive)(content, self._context)
         return items | given
@@ -188,7 +222,7 @@ def _canonical(value: Json) -> bytes:
 
 def _rank(value: Json) -> tuple[float, bytes]:
     """Numbers by size, all else by its canonical JSON."""
-    return (value, b"") if isinstance(value, int | float) else (0, _canonical(value))
+    return (value, b"") if isinstance(value, int) else (0, _canonical(value))
 
 
 def _agree(votes: list[_Vote]) -> _Verdict:
@@ -205,7 +239,7 @@ def _union(votes: list[_Vote]) -> _Verdict:
 
 
 def _earliest(votes: list[_Vote]) -> _Verdict:
-    return _Verdict(min((vote.value for vote in votes), key=moment, default=None), agreed=True)
+    return _Verdict(min((vote.value for vote in votes), key=times.moment_of, default=None), agreed=True)
 
 
 _POLICIES = {"agree": _agree, "unanimous": _unanimous, "union": _union, "earliest": _earliest}
@@ -231,14 +265,3 @@ def _same(rule: Rule, prior: Json, value: Json) -> bool:
     if isinstance(target, str):
         return bool(prior == value)
     return len(prior) == len(value) and all(target.alike(old, new) for old, new in zip(prior, value, strict=True))
-
-
-def moment(text: str) -> tuple[str, bool, float, str]:
-    """Order of FHIR dateTimes from different instances: date as written, timed before date-only, instant, text."""
-    match = _DATE_TIME.fullmatch(text)
-    if not match:
-        return text, True, 0.0, text
-    day, hour, minute, second, sign, hours, minutes = match.groups()
-    east = (int(hours) * 60 + int(minutes)) * (-60 if sign == "-" else 60) if sign else 0
-    days = datetime.date.fromisoformat(day).toordinal()
-    return day, False, days * 86400 + int(hour) * 3600 + int(minute) * 60 + float(second) - east, text

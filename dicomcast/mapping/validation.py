@@ -8,8 +8,11 @@ import functools
 import importlib
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
+
+import orjson
+import pydantic
 
 from dicomcast.dicom import values
 from dicomcast.dicom.values import Json
@@ -21,6 +24,7 @@ _MODELS = {
     "series": f"{_PACKAGE}.imagingstudy.ImagingStudySeries",
     "instance": f"{_PACKAGE}.imagingstudy.ImagingStudySeriesInstance",
     "endpoint": f"{_PACKAGE}.endpoint.Endpoint",
+    "report": f"{_PACKAGE}.observation.Observation",
 }
 # FHIR R4 string: no control characters but tab, line feed, carriage return. A lone surrogate can't be sent at all.
 _UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
@@ -40,26 +44,84 @@ class _Field(NamedTuple):
     codes: frozenset[str]  # of a required binding
 
 
-def elements(level: str) -> frozenset[str]:
+def _model_of(place: str) -> str:
+    return _MODELS[place.partition(" ")[0]]  # a kind of report is called `report`, and its name
+
+
+def elements(place: str) -> frozenset[str]:
     """The elements that FHIR R4 knows at this level."""
-    return frozenset(name for name in _fields(_MODELS[level]) if not name.startswith(("_", "fhir_comments")))
+    return frozenset(name for name in _fields(_model_of(place)) if not name.startswith(("_", "fhir_comments")))
 
 
-def is_list(level: str, element: str) -> bool:
+@functools.cache
+def is_list(place: str, element: str) -> bool:
     """Whether this element repeats."""
-    annotations = {field.alias: field.annotation for field in _model(_MODELS[level]).model_fields.values()}
+    annotations = {field.alias: field.annotation for field in _model(_model_of(place)).model_fields.values()}
     return "List[" in str(annotations[element])
 
 
-def problems(level: str, content: Json) -> list[Problem]:
-    """What is wrong with a resource or a part of one (a series without its instances, one instance)."""
-    found = [Problem(path[0], reason) for path, reason in _check(_MODELS[level], content, ())]
-    if not found:
+def type_of(place: str, element: str, inner: str | None = None) -> str | None:
+    """The FHIR type of an element, or of one in it (`UnsignedInt`, `Coding`); None where there is none."""
+    field = _fields(_model_of(place)).get(element)
+    if field is not None and inner is not None:
+        field = _fields(field.model).get(inner) if field.model else None
+    if field is None:
+        return None
+    return field.model.rpartition(".")[2] if field.model else field.kind or "Boolean"
+
+
+def problems(place: str, content: Json, *, models: bool = True) -> list[Problem]:
+    """What is wrong with a resource or a part of one (a series without its instances, one instance).
+
+    `models=False` leaves fhir.resources out, for measurements.
+    """
+    model = _model_of(place)
+    shape = _shape(content) if place == "instance" and isinstance(content, dict) else None
+    if shape in _accepted and all(_passes(model, name, value, models=models) for name, value in content.items()):
+        return []
+    found = [Problem(path[0], reason) for path, reason in _check(model, content, ())]
+    if not found and models:
         try:
-            _model(_MODELS[level]).model_validate(content)
+            _model(model).model_validate(content)
         except Exception as error:  # KeyError and others come out of it too
             found = list(_refused(error))
+    if shape is not None and not found and models and len(_accepted) < _SHAPES:
+        _accepted.add(shape)
     return found
+
+
+# Instances are many and alike. Where the model has accepted one with the same elements and the same complex values, it
+# is left to the model's fields to judge the primitive ones: a fiftieth of the time, and the same verdict.
+_accepted: set[tuple[str | bytes, ...]] = set()
+_SHAPES = 1_000
+
+
+def _shape(content: dict[str, Json]) -> tuple[str | bytes, ...] | None:
+    try:
+        return tuple(
+            orjson.dumps((name, value)) if isinstance(value, dict | list) else name for name, value in content.items()
+        )
+    except TypeError:
+        return None
+
+
+def _passes(model: str, name: str, value: Json, *, models: bool) -> bool:
+    if isinstance(value, dict | list):
+        return True  # it is part of the shape
+    if _primitive(_fields(model)[name], name, value) is not None:
+        return False
+    try:
+        _ = models and _validators(model)[name](value)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+@functools.cache
+def _validators(model: str) -> dict[str, Callable[[Json], Json]]:
+    """The judge of each field's value; their models keep all constraints in the annotation."""
+    fields = _model(model).model_fields.values()
+    return {field.alias: pydantic.TypeAdapter(field.annotation).validate_python for field in fields}
 
 
 def _refused(error: Exception) -> Iterator[Problem]:

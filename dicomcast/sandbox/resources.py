@@ -60,7 +60,13 @@ PARAMETERS: dict[str, dict[str, tuple[str, str]]] = {
         "status": ("token", "status"),
         "connection-type": ("token", "connectionType"),
     },
-    "Observation": {**_COMMON, **_SUBJECT, "status": ("token", "status"), "code": ("token", "code")},
+    "Observation": {
+        **_COMMON,
+        **_SUBJECT,
+        "status": ("token", "status"),
+        "code": ("token", "code"),
+        "part-of": ("reference", "partOf"),
+    },
 }
 
 
@@ -249,12 +255,13 @@ def condition(kind: str, name: str, text: str, base: str) -> tuple[str, list[str
 
 
 def _reference_clauses(name: str, wanted: Sequence[str], base: str) -> tuple[str, list[str]]:
-    values = []
-    for one in wanted:
-        target = _unescaped(one).removeprefix(base + "/")
-        values.append(target if "/" in target or name != "patient" else f"Patient/{target}")
-    clauses = ["value = ?" if "/" in value or ":" in value else "value LIKE '%/' || ?" for value in values]
-    return " OR ".join(clauses), values
+    """`Type/id`, an address or a bare id; by the thousand, as tokens are."""
+    targets = [_unescaped(one).removeprefix(base + "/") for one in wanted]
+    targets = [one if "/" in one or name != "patient" else f"Patient/{one}" for one in targets]
+    bare = [one for one in targets if "/" not in one and ":" not in one]
+    exact = [one for one in targets if "/" in one or ":" in one]
+    clauses = [*["value LIKE '%/' || ?"] * len(bare), f"value IN ({', '.join('?' * len(exact))})"]
+    return " OR ".join(clauses), [*bare, *exact]
 
 
 def _token_clauses(wanted: Sequence[str]) -> tuple[str, list[str]]:

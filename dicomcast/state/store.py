@@ -65,6 +65,8 @@ class Study:
     last_sequence: int
     mapping_digest: str
     synced_at: datetime
+    filled: bool = True
+    """The elements that our rules only fill are ours: nobody else has set them."""
 
 
 @dataclass(frozen=True, slots=True)

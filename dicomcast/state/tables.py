@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    true,
 )
 
 metadata = MetaData()
@@ -86,6 +87,13 @@ study = Table(
     Column("last_sequence", BigInteger, nullable=False),
     Column("mapping_digest", String(64), nullable=False),
     Column("synced_at", Instant, nullable=False),
+    Column(
+        "filled",
+        Boolean,
+        nullable=False,
+        server_default=true(),
+        comment="elements of owner `fill` are ours: nobody else has set them",
+    ),
 )
 
 patient = Table(

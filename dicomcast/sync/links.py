@@ -10,8 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from dicomcast import errors, mapping, settings
+from dicomcast.decimals import Json
 from dicomcast.fhir import resources
-from dicomcast.fhir.resources import Held, Json, Write, Written
+from dicomcast.fhir.resources import Held, Write, Written
 from dicomcast.fhir.service import FhirService, Query, by_identifier
 from dicomcast.state import store
 from dicomcast.sync import plan

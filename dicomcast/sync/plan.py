@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from dicomcast import mapping
+from dicomcast.decimals import Json
 from dicomcast.fhir import resources
-from dicomcast.fhir.resources import Held, Json, Write
+from dicomcast.fhir.resources import Held, Write
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,25 @@ def patient(held: Held, wanted: Json, *, rules: mapping.Mapping) -> Write | None
     return _update(held, rules.merge(held.resource, wanted), rules)
 
 
-def study(held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
-    """The ImagingStudy with what we own of it as wanted, and what others put there as it is."""
+def study(
+    held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming, filled: bool
+) -> tuple[Write | None, bool]:
+    """The ImagingStudy with what we own of it as wanted, and what others put there as it is.
+
+    `filled`: the elements that our rules only fill are as we left them. The second value says so of the result.
+    """
     if held is None:
-        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming)
-    return _update(held, rules.merge(held.resource, wanted), rules)
+        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming), True
+    merged = rules.merge(held.resource, wanted, fills=filled)
+    return _update(held, merged, rules), filled or rules.same(merged, rules.merge(held.resource, wanted))
+
+
+def observation(held: Held | None, wanted: mapping.Observed, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
+    """An Observation of ours: created and tagged, or with what we own of it as wanted."""
+    if held is None:
+        tagged = {**wanted.resource, "meta": {"tag": [resources.TAG]}}
+        return _create("Observation", tagged, identifier=wanted.identifier, naming=naming)
+    return _update(held, rules.merge(held.resource, wanted.resource, report=wanted.name), rules)
 
 
 def ended(held: Held, *, status: str, rules: mapping.Mapping) -> Write | None:
@@ -50,8 +65,13 @@ def ended(held: Held, *, status: str, rules: mapping.Mapping) -> Write | None:
 
 
 def delete(held: Held) -> Write:
-    """Remove the ImagingStudy."""
-    return Write("ImagingStudy", None, id=held.id, if_match=held.version)
+    """Remove an ImagingStudy, or an Observation of ours."""
+    return Write(held.type, None, id=held.id, if_match=held.version)
+
+
+def erroneous(held: Held) -> Write:
+    """An Observation of ours that should go and can't: others refer to it."""
+    return Write(held.type, {**held.resource, "status": "entered-in-error"}, id=held.id, if_match=held.version)
 
 
 def created_by_us(held: Held, study_uid: str, *, naming: Naming) -> bool:

@@ -9,15 +9,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from dicomcast import errors, mapping
+from dicomcast import decimals, errors, mapping
 from dicomcast.clock import Clock
+from dicomcast.decimals import Json
 from dicomcast.dicom import values
 from dicomcast.dicom.service import DicomService
 from dicomcast.fhir import resources
-from dicomcast.fhir.resources import Held, Json, Write, Written
+from dicomcast.fhir.resources import Held, Write, Written
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
-from dicomcast.sync import plan
+from dicomcast.sync import observations, plan
 from dicomcast.sync.changes import StudyChange, failure_of
 from dicomcast.sync.ledger import Ledger, Outcome, Settled
 from dicomcast.sync.links import Around, Links
@@ -88,12 +89,13 @@ class Roads:
 
     async def _base(self, row: store.Study, failing: bool) -> Held:
         """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
-        if row.outcome != "synced" or failing or row.mapping_digest != self._rules.digest or row.version is None:
+        stale = failing or row.mapping_digest != self._rules.digest
+        if row.outcome != "synced" or stale or row.version is None or not row.filled:
             raise errors.Replan("a study that can't be vouched for")
         remembered = self._written.get(row.study_instance_uid)
         if remembered is not None and remembered[0].version == row.version:
             held, content = remembered
-            return Held(held.type, held.id, held.version, resources.loads(content))
+            return Held(held.type, held.id, held.version, decimals.loads(content))
         assert row.imaging_study is not None
         read = await self._fhir.read("ImagingStudy", row.imaging_study)
         if read is None or read.version != row.version:
@@ -120,6 +122,7 @@ class Roads:
         """Make FHIR say of the study what the DICOM service says. `absorb` takes what came for it meanwhile."""
         row, _ = await self._ledger.study(change.study_uid)
         held = await self._in_fhir(change.study_uid, row)
+        observed = await observations.of_study(self._fhir, held) if self._rules.kinds else []
         if (later := absorb()) is not None:
             change.absorb(later)
         cut = self._ledger.watermark.seen
@@ -132,11 +135,11 @@ class Roads:
                 around, _ = await self._links.around(key)
                 build = self._whole(archived.instances)
                 settled = await self._write(
-                    change, row, held, build, around=around, instances=archived.instances, exact=True
+                    change, row, held, build, around=around, instances=archived.instances, exact=True, observed=observed
                 )
             return replace(settled, failures=tuple(failures), resolution="mapped", cut=cut)
         failures += archived.failures if archived else []
-        settled = await self._end(change, row, held, failures=tuple(failures), gone=archived is None)
+        settled = await self._end(change, row, held, observed, failures=tuple(failures), gone=archived is None)
         return replace(settled, resolution="deleted", cut=cut)
 
     async def _in_fhir(self, study_uid: str, row: store.Study | None) -> Held | None:
@@ -186,6 +189,7 @@ class Roads:
         change: StudyChange,
         row: store.Study | None,
         held: Held | None,
+        observed: list[Held],
         *,
         failures: tuple[store.Failure, ...],
         gone: bool,
@@ -198,34 +202,46 @@ class Roads:
         if held is not None:
             ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
             stays = not gone or self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
-            if stays or not await self._deleted(held):
-                kept = await self._ended(held)
+            if stays or not await self._deleted(held, observed):
+                kept = await self._ended(held, observed)
             elif await self._dicom.lists(change.study_uid):
                 raise errors.Replan("the study came back while it was deleted")
         study = self._row(change, row, "failed" if failures else "cancelled" if kept else "deleted", kept)
         return Settled(outcome, study, failures=failures)
 
-    async def _deleted(self, held: Held) -> bool:
-        """DELETE; False where others refer to the study (409 though nobody changed it)."""
+    async def _deleted(self, held: Held, observed: list[Held]) -> bool:
+        """DELETE with our Observations; False where others refer to one of them (409 though nobody changed any)."""
         try:
-            await self._fhir.write([plan.delete(held)])
+            await self._fhir.write([plan.delete(one) for one in (*observed, held)])
         except errors.Conflict:
-            now = await self._fhir.read("ImagingStudy", held.id)
-            if now is None or now.version != held.version:
+            if await self._changed(held, observed):
                 raise
             return False
         return True
 
-    async def _ended(self, held: Held) -> Held:
-        """The ImagingStudy that stays, without our series."""
+    async def _ended(self, held: Held, observed: list[Held]) -> Held:
+        """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong."""
         status = "cancelled" if self._end_policy == "delete" else self._end_policy
-        write = plan.ended(held, status=status, rules=self._rules)
-        if write is None:
+        ended = plan.ended(held, status=status, rules=self._rules)
+        study = [ended] if ended is not None else []
+        if not study and not observed:
             return held
         self._ledger.guard()
-        (done,) = await self._fhir.write([write])
-        assert done is not None
-        return _as_written(write, done, {})
+        try:
+            done = await self._fhir.write([*study, *map(plan.delete, observed)])
+        except errors.Conflict:
+            if not observed or await self._changed(held, observed):
+                raise
+            self._ledger.guard()
+            done = await self._fhir.write([*study, *map(plan.erroneous, observed)])
+        return _as_written(ended, done[0], {}) if ended is not None and done[0] is not None else held
+
+    async def _changed(self, held: Held, observed: list[Held]) -> bool:
+        """Whether somebody has changed the ImagingStudy or an Observation since."""
+        now = await self._fhir.read("ImagingStudy", held.id)
+        there = await observations.of_study(self._fhir, held) if observed else []
+        before = {(one.id, one.version) for one in (held, *observed)}
+        return now is None or before != {(one.id, one.version) for one in (now, *there)}
 
     # Both -----------------------------------------------------------------------------------------------------------
 
@@ -247,8 +263,12 @@ class Roads:
         around: Around,
         instances: list[mapping.Instance],
         exact: bool,
+        observed: list[Held] | None = None,
     ) -> Settled:
-        """Plan, write what is needed at once, and say what came of it."""
+        """Plan, write what is needed at once, and say what came of it.
+
+        `observed` are our Observations of the study; None where only new ones can be wanted.
+        """
         sequence = max(change.last_sequence, row.last_sequence if row else 0)
         change.patient_key = around.key
         who = self._rules.patient(instances)
@@ -257,14 +277,21 @@ class Roads:
             around, who.resource, change=change, sequence=sequence, exact=exact
         )
         built = build(subject, {"reference": endpoint})
-        study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
+        ours = row is not None and row.filled and held is not None and row.version == held.version
+        study_write, filled = plan.study(held, built.resource, rules=self._rules, naming=self._naming, filled=ours)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
+        address = study_write or held
+        assert address is not None
+        wanted = self._rules.reports(instances, subject=subject, study={"reference": address.reference})
+        there = await observations.known(self._fhir, wanted, observed) if observed is not None else []
+        writes += observations.writes(wanted, there, rules=self._rules, naming=self._naming)
         addresses: dict[str, str] = {}
         study: Held | None = held
         if writes:
             self._ledger.guard()
             for write, done in zip(writes, await self._fhir.write(writes), strict=True):
-                assert done is not None
+                if done is None:
+                    continue
                 addresses[write.reference] = done.reference
                 await self._links.written(around.key, write, done, sequence=sequence)
                 if write is study_write:
@@ -274,7 +301,8 @@ class Roads:
         outcome: Outcome = "unchanged" if not writes else "created" if held is None else "updated"
         issues = Counter(_issue(issue) for one in instances for issue in one.issues)
         issues.update(_issue(issue) for issue in (*built.issues, *who.issues))
-        return Settled(outcome, self._row(change, row, "synced", study), failures=tuple(change.failures), issues=issues)
+        settled = replace(self._row(change, row, "synced", study), filled=filled)
+        return Settled(outcome, settled, failures=tuple(change.failures), issues=issues)
 
     def parked(self, change: StudyChange, row: store.Study | None) -> store.Study:
         """The row of a study that could not be brought into FHIR: what is there stays known."""
@@ -300,7 +328,7 @@ class Roads:
         return _advanced(fresh, change)
 
     def _cache(self, study_uid: str, held: Held) -> None:
-        content = resources.dumps(held.resource)
+        content = decimals.dumps(held.resource)
         _, before = self._written.pop(study_uid, (None, b""))
         self._written[study_uid] = (replace(held, resource=None), content)
         self._written_bytes += len(content) - len(before)

@@ -6,7 +6,7 @@ Services other than the sandbox keep what other tests wrote: every resource here
 import asyncio
 import itertools
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 import scripted
 import virtual
 
-from dicomcast import errors, sandbox, wire
+from dicomcast import decimals, errors, sandbox, wire
 from dicomcast.fhir import resources, service
 from dicomcast.fhir.resources import Held, Write, Written
 from dicomcast.sandbox import faults, fhir
@@ -116,6 +116,48 @@ def a_study(subject: str, *, instances: int = 1, series: int = 1) -> Write:
         "series": shown,
     }
     return Write("ImagingStudy", resource, id=study_id, creates=True)
+
+
+def an_observation(subject: str, study: str, **content: Json) -> Write:
+    uid = f"urn:oid:2.25.{uuid.uuid4().int}"
+    observation_id = resources.assigned_id("Observation", uid)
+    resource = {
+        "resourceType": "Observation",
+        "id": observation_id,
+        "identifier": [{"system": "urn:dicom:uid", "value": uid}],
+        "status": "final",
+        "code": {"coding": [{"system": "http://loinc.org", "code": "73569-6"}]},
+        "subject": {"reference": subject},
+        "partOf": [{"reference": study}],
+        **content,
+    }
+    return Write("Observation", resource, id=observation_id, creates=True)
+
+
+def without_id(one: Write) -> Write:
+    """The same, with an id from the service, unless one with its identifier is there."""
+    assert one.resource is not None
+    (identifier,) = one.resource["identifier"]
+    query = resources.identifier_query(identifier["system"], identifier["value"])
+    content = {name: inner for name, inner in one.resource.items() if name != "id"}
+    return Write(one.type, content, if_none_exist=query, creates=True)
+
+
+def a_dose(url: str, observations: int = 1) -> tuple[Written, Written, list[Written]]:
+    """A Patient, a study of theirs and its Observations, all written."""
+    patient = assigned(value())
+    study = a_study(patient.reference)
+    of_study = [an_observation(patient.reference, study.reference) for _ in range(observations)]
+    first, second, *rest = (one for one in write(url, patient, study, *of_study) if one)
+    return first, second, rest
+
+
+def part_of(*studies: str) -> service.Query:
+    return service.Query("Observation", (("part-of", ",".join(studies)),))
+
+
+def nowhere() -> str:
+    return f"ImagingStudy/{uuid.uuid4()}"
 
 
 def updated(written: Written | Held, resource: Json, *, version: str | None = None) -> Write:
@@ -432,6 +474,179 @@ def test_transaction_deletes_and_writes_together(fhir_url: str) -> None:
     assert there(fhir_url, done[1].reference).version == "1"
 
 
+# Observations of a study
+
+
+def test_study_and_its_observations_are_created_together(fhir_url: str) -> None:
+    patient = assigned(value())
+    study = a_study(patient.reference)
+    observations = [an_observation(patient.reference, study.reference) for _ in range(2)]
+
+    done = write(fhir_url, *observations, study, patient)
+
+    assert [one and (one.id, one.version) for one in done] == [(one.id, "1") for one in (*observations, study, patient)]
+    held = there(fhir_url, observations[0].reference)
+    assert held.resource["partOf"] == [{"reference": f"ImagingStudy/{study.id}"}]
+
+
+def test_observation_refers_to_a_patient_and_a_study_that_get_their_ids_with_it(fhir_url: str) -> None:
+    patient = create(value())
+    study = without_id(a_study(patient.reference))
+    observation = without_id(an_observation(patient.reference, study.reference))
+
+    done = [one.reference for one in write(fhir_url, observation, study, patient) if one]
+
+    held = there(fhir_url, done[0]).resource
+    assert (held["partOf"], held["subject"]) == ([{"reference": done[1]}], {"reference": done[2]})
+    assert search(fhir_url, part_of(done[1])) == [[done[0].removeprefix("Observation/")]]
+
+
+def test_conditional_create_of_an_observation_that_is_there_is_a_conflict(fhir_url: str) -> None:
+    patient, study, _ = a_dose(fhir_url, 0)
+    observation = without_id(an_observation(patient.reference, study.reference))
+    first = write_one(fhir_url, observation)
+
+    for writes in ([observation], [observation, create(value())]):
+        with pytest.raises(errors.Conflict):
+            write(fhir_url, *writes)
+
+    assert search(fhir_url, part_of(study.reference)) == [[first.id]]
+
+
+def test_observations_are_found_by_identifier_and_by_their_study(fhir_url: str) -> None:
+    _, study, observations = a_dose(fhir_url, 2)
+    _, other, others = a_dose(fhir_url)
+    uid = there(fhir_url, observations[0].reference).resource["identifier"][0]["value"]
+    mine, theirs = [sorted(one.id for one in group) for group in (observations, others)]
+    of_both = part_of(study.reference, nowhere(), other.reference)
+    expected = {
+        service.by_identifier("Observation", "urn:dicom:uid", uid): [observations[0].id],
+        part_of(study.reference): mine,
+        of_both: sorted(mine + theirs),
+        part_of(nowhere()): [],
+    }
+
+    assert search(fhir_url, *expected) == list(expected.values())
+    assert search(fhir_url, of_both) == [expected[of_both]]
+
+
+def test_observations_of_a_hundred_studies_are_searched_in_one_request(fhir_url: str) -> None:
+    _, study, (observation,) = a_dose(fhir_url)
+    query = part_of(*(nowhere() for _ in range(99)), study.reference)
+
+    assert search(fhir_url, query) == [[observation.id]]
+    assert search(fhir_url, query, query) == [[observation.id]] * 2
+
+
+def test_search_by_study_follows_all_pages(fhir_url: str) -> None:
+    _, study, observations = a_dose(fhir_url, 45)
+    ids = sorted(one.id for one in observations)
+    query = part_of(study.reference)
+
+    assert len(ids) == 45
+    assert search(fhir_url, query) == [ids]
+    assert search(fhir_url, query, query) == [ids, ids]
+
+
+def test_search_by_study_sees_what_became_of_its_observations_just_now(fhir_url: str) -> None:
+    patient, study, observations = a_dose(fhir_url, 3)
+    kept, moved, gone = (there(fhir_url, one.reference) for one in observations)
+    other = write_one(fhir_url, a_study(patient.reference))
+
+    write(fhir_url, deleted(gone), updated(moved, {**moved.resource, "partOf": [{"reference": other.reference}]}))
+
+    assert search(fhir_url, part_of(study.reference), part_of(other.reference)) == [[kept.id], [moved.id]]
+    assert read(fhir_url, gone.reference) is None
+
+
+def test_observation_written_again_keeps_its_version_and_its_decimals(fhir_url: str) -> None:
+    written = ["1.50", "0.0000123", "203.120", "100"]
+    values = [{"value": decimals.loads(one), "system": "http://unitsofmeasure.org", "code": "Gy.m2"} for one in written]
+    components = [{"code": {"text": "dose"}, "valueQuantity": one} for one in values]
+    patient, study, _ = a_dose(fhir_url)
+    one = an_observation(patient.reference, study.reference, component=components)
+    assert one.resource is not None
+
+    first = write_one(fhir_url, one)
+    again = write_one(fhir_url, updated(first, one.resource))
+
+    assert (first.version, again.version) == ("1", "1")
+    held = there(fhir_url, first.reference).resource["component"]
+    assert [str(shown["valueQuantity"]["value"]) for shown in held] == written
+
+
+def test_study_and_its_observations_are_deleted_together(fhir_url: str) -> None:
+    patient, study, observations = a_dose(fhir_url, 2)
+
+    assert write(fhir_url, deleted(study), *map(deleted, observations)) == [None] * 3
+
+    assert [read(fhir_url, one.reference) for one in (study, *observations)] == [None] * 3
+    assert search(fhir_url, part_of(study.reference)) == [[]]
+    assert read(fhir_url, patient.reference) is not None
+
+
+def test_study_and_its_observations_are_created_again(fhir_url: str) -> None:
+    patient = assigned(value())
+    study = a_study(patient.reference)
+    observation = an_observation(patient.reference, study.reference)
+    _, *written = (one for one in write(fhir_url, patient, study, observation) if one)
+    write(fhir_url, *map(deleted, written))
+
+    again = write(fhir_url, observation, study)
+
+    assert [one and one.id for one in again] == [observation.id, study.id]
+    assert search(fhir_url, part_of(study.reference)) == [[observation.id]]
+
+
+# Services that check references, as HAPI does
+
+
+@pytest.fixture(params=["sandbox", "hapi"])
+def checking_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Base URL of a FHIR service that refuses references to what is not there."""
+    if request.param == "hapi":
+        yield request.getfixturevalue("hapi")
+    else:
+        with sandbox.start(fhir_options=fhir.Options(references=True)) as box:
+            yield box.fhir_url
+
+
+def test_study_that_an_observation_refers_to_is_not_deleted_without_it(checking_url: str) -> None:
+    _, study, (observation,) = a_dose(checking_url)
+
+    for writes in ([deleted(study)], [deleted(study), create(value())]):
+        with pytest.raises(errors.Conflict):
+            write(checking_url, *writes)
+
+    assert there(checking_url, study.reference).version == study.version
+    assert write(checking_url, deleted(study), deleted(observation)) == [None, None]
+    assert read(checking_url, study.reference) is None
+
+
+def test_study_is_deleted_as_soon_as_no_observation_refers_to_it(checking_url: str) -> None:
+    patient, study, (observation,) = a_dose(checking_url)
+    other = write_one(checking_url, a_study(patient.reference))
+    held = there(checking_url, observation.reference)
+    moved = {**held.resource, "partOf": [{"reference": other.reference}]}
+
+    assert write(checking_url, deleted(study), updated(held, moved))[0] is None
+
+    assert read(checking_url, study.reference) is None
+    assert search(checking_url, part_of(other.reference)) == [[observation.id]]
+
+
+def test_observation_of_a_study_that_is_not_there_is_rejected(checking_url: str) -> None:
+    patient, study, observations = a_dose(checking_url)
+    write(checking_url, deleted(study), *map(deleted, observations))
+
+    for missing in (study.reference, nowhere()):
+        one = an_observation(patient.reference, missing)
+        for writes in ([one], [one, create(value())]):
+            with pytest.raises(errors.Rejected):
+                write(checking_url, *writes)
+        assert read(checking_url, one.reference) is None
+
+
 # Size and letters
 
 
@@ -457,7 +672,7 @@ NUMBERS = ("1.50", "0.10", "1E+3", "1e-7", "100", "-0.0", "123456789012345678901
 def test_number_goes_through_to_the_letter(number: str) -> None:
     text = f'{{"a":[{number},{{"b":{number}}}]}}'.encode()
 
-    assert resources.dumps(resources.loads(text)) == text
+    assert decimals.dumps(decimals.loads(text)) == text
 
 
 def test_decimals_of_others_survive_our_update_to_the_letter(sandbox: sandbox.Sandbox) -> None:
@@ -620,7 +835,7 @@ def test_pages_are_asked_for_under_the_address_that_we_use() -> None:
         page = 2 if "page=2" in request.path else 1
         link = [] if page == 2 else [{"relation": "next", "url": "http://inside.test:1/Patient?page=2"}]
         entry = [{"resource": {"resourceType": "Patient", "id": str(page)}}]
-        return scripted.Answer(200, resources.dumps({"resourceType": "Bundle", "link": link, "entry": entry}))
+        return scripted.Answer(200, decimals.dumps({"resourceType": "Bundle", "link": link, "entry": entry}))
 
     with scripted.serving(answer) as gateway:
         assert search(gateway.url, service.by_identifier("Patient", SYSTEM, "x")) == [["1", "2"]]
@@ -642,7 +857,7 @@ def test_batch_that_lost_an_entry_is_searched_query_by_query() -> None:
             return scripted.Answer(200, STATEMENT)
         alone = request.path.endswith("_search")
         entry = [{"resource": {"resourceType": "Patient", "id": "1"}}] if alone else []
-        return scripted.Answer(200, resources.dumps({"resourceType": "Bundle", "entry": entry}))
+        return scripted.Answer(200, decimals.dumps({"resourceType": "Bundle", "entry": entry}))
 
     query = service.by_identifier("Patient", SYSTEM, "x")
     with scripted.serving(answer) as other:

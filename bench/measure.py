@@ -1,0 +1,42 @@
+"""One measurement in a process of its own; nothing is imported here that would show in its memory."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+
+
+def one_core() -> None:
+    """Stay on one core, where the system lets a process choose."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def peak() -> float:
+    """The most memory that this process had resident so far, in MiB."""
+    try:
+        # ru_maxrss counts also what the parent had when it started this process.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def report(convert: Callable[[list[Path]], Json], warm: Path, pages: Path, facts: Callable[[Json], Json]) -> None:
+    """Convert a small study to warm up and the other one to measure, and print the figures as a line of JSON."""
+    one_core()
+    files, small = sorted(pages.iterdir()), sorted(warm.iterdir())
+    convert(small)
+    before = peak()
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = convert(files)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    figures = {"cpu": cpu, "wall": wall, "peak": peak(), "before": before}
+    print(json.dumps(figures | facts(found)))
