@@ -9,9 +9,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import dose
 import pytest
 from test_mapping import CONTEXT, DATA, LINKS, MAPPING, SHIPPED, assert_nothing_empty, dataset
 from test_mapping_concepts import coded, item
+from test_mapping_dose import named, observed, said
 from test_mapping_study import RULES, mapping_of, whole
 
 from dicomcast import errors, mapping
@@ -197,7 +199,14 @@ def test_case_of_a_designator_does_not_matter(designator: str) -> None:
     assert set(asked) <= {*tables.coding_schemes(), *LEGACY}
 
 
-# Dose of PET in Bq, of nuclear medicine in MBq: PLACE FOR THE DOSE MODULE'S TEST
+@pytest.mark.parametrize("unit", ["Bq", "MBq", "mCi"])
+def test_activity_in_bq_is_not_called_mbq(unit: str) -> None:
+    """PET in Bq called MBq is a million times too much: no unit is assumed or converted."""
+    report = dose.set_unit(
+        dose.set_number(dose.radiopharmaceutical("1.2.3", sop="1.2.3.4"), "113507", "370000000"), "113507", unit
+    )
+    (event,) = named(observed(report), "administration")
+    assert dict(said(event))["113507"] == f"370000000 {unit}"
 
 
 def test_body_height_is_not_claimed_in_metres() -> None:
