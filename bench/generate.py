@@ -59,6 +59,17 @@ def write(folder: Path, instances: int, *, series: int = 4, seed: int = 1, mixed
     return written
 
 
+def overlay(path: Path, modules: Iterable[str]) -> None:
+    """The rules of these shipped modules as an overlay."""
+    import importlib
+
+    import yaml
+
+    tables = [importlib.import_module(f"dicomcast_mappings.{name}").RULES for name in modules]
+    rows = [rule.row() for table in tables for rule in table]
+    path.write_text(yaml.safe_dump({"rules": orjson.loads(orjson.dumps(rows))}), encoding="utf-8")
+
+
 def _entry(sequence: int, dataset: dict[str, Json]) -> dict[str, Json]:
     at = _START + datetime.timedelta(seconds=sequence / 8)
     return {

@@ -73,7 +73,7 @@ def test_mixed_series_are_the_same_instances_in_another_order() -> None:
 @pytest.mark.parametrize("mode", ["plain", "validated"])
 @pytest.mark.parametrize("data", ["study", "mixed"])
 def test_what_is_measured_makes_the_right_resources(folders: Path, mode: str, data: str) -> None:
-    converted = bench.resources(bench.load(mode), sorted((folders / data).iterdir()))
+    converted = bench.resources(bench.load(mode, folders), sorted((folders / data).iterdir()))
     patient, endpoint, study = map(orjson.loads, converted)
     assert patient["resourceType"] == "Patient"
     assert patient["identifier"][0]["value"] == "BENCH-000001"
@@ -97,7 +97,7 @@ def test_a_run_reports_time_memory_and_what_came_out(folders: Path) -> None:
     assert min(figures["cpu"], figures["wall"], figures["peak"]) > 0
 
 
-def recorded(peer: str | None, *, overlay: bool = False) -> tuple[list[tuple[str, str]], Json]:
+def recorded(peer: str | None) -> tuple[list[tuple[str, str]], Json]:
     """A survey of runs that take 1 us an instance, ours, or 1 ms, theirs, half of it pydicom's, and what was run."""
     runs: list[tuple[str, str]] = []
 
@@ -107,7 +107,7 @@ def recorded(peer: str | None, *, overlay: bool = False) -> tuple[list[tuple[str
         time = count * (1e-3 if mode in bench.PEER_MODES else 1e-6)
         return {"cpu": time, "wall": 2 * time, "peak": 50.0, "instances": count, "series": 4, "building": time / 2}
 
-    return runs, bench.survey(run, 64, 3, overlay=overlay, peer=peer)
+    return runs, bench.survey(run, 64, 3, peer=peer)
 
 
 def test_rounds_run_both_sides_side_by_side_and_turn_around() -> None:
@@ -119,7 +119,7 @@ def test_rounds_run_both_sides_side_by_side_and_turn_around() -> None:
 
 
 def test_figures_are_per_second_and_per_instance_and_ratios_of_rounds() -> None:
-    _, found = recorded(None, overlay=True)
+    _, found = recorded(None)
     assert [round(row["per_second"]) for row in found["rows"]] == [1_000_000] * 4
     assert [round(row["per_second_wall"]) for row in found["rows"]] == [500_000] * 4
     for part in found["scaling"]:
@@ -134,13 +134,18 @@ def test_figures_are_per_second_and_per_instance_and_ratios_of_rounds() -> None:
 
 def test_says_what_is_missing_and_prints_the_rest() -> None:
     runs, found = recorded("it could not be installed: no route to the registry")
-    assert not {mode for mode, _ in runs} & {*bench.PEER_MODES, "overlay"}
+    assert not {mode for mode, _ in runs} & {*bench.PEER_MODES}
     printed = bench.text(found)
     assert "dicom2fhir: not compared, it could not be installed: no route to the registry" in printed
-    assert "overlay: not measured" in printed
     assert ">=12000" in printed
 
 
 def test_a_run_that_loses_instances_ends_the_benchmark() -> None:
     with pytest.raises(SystemExit, match="7 instances came out of 16"):
-        bench.survey(lambda _mode, _data: {"instances": 7}, 64, 1, overlay=False, peer="left out")
+        bench.survey(lambda _mode, _data: {"instances": 7}, 64, 1, peer="left out")
+
+
+def test_the_overlay_says_what_the_modules_say(tmp_path: Path) -> None:
+    generate.overlay(tmp_path / "overlay.yaml", bench.SHIPPED)
+    modules, overlay = (bench.load(mode, tmp_path) for mode in ("plain", "overlay"))
+    assert overlay.digest == modules.digest
