@@ -1,11 +1,13 @@
 """Readers of DICOM JSON elements: what they take, what they refuse, and that no refusal repeats a value."""
 
 import contextlib
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dicomcast import decimals
 from dicomcast.dicom import values
 from dicomcast.dicom.values import DateTime, Json, PersonName, Time
 
@@ -20,7 +22,6 @@ READERS = [
     values.offset,
     values.person_name,
     values.items,
-    values.codes,
 ]
 
 
@@ -168,11 +169,68 @@ def test_components() -> None:
     assert caught.value.kept == ("a", "b", "c", "d", "e")
 
 
-def test_sequences_and_codes() -> None:
-    item = {"00080100": of("T-04000"), "00080102": of("SRT"), "00080104": of("Breast")}
+def test_sequences() -> None:
+    item = {"00080100": of("T-04000")}
     assert values.items(of(item, {}, None)) == [item]
-    assert values.codes(of(item, {"00080102": of("DCM")})) == [values.Code("T-04000", "SRT", None, "Breast")]
-    assert values.codes(of({"00080119": of("long"), "00080103": of("1")})) == [values.Code("long", None, "1", None)]
+    assert values.item(of({}, item)) == item
+    assert values.all_items(of({}, item, None)) == [{}, item, {}]
+    assert values.each(of("a", None)) == [of("a"), of(None)]
+    assert values.items(of({}, None)) is values.item(of()) is values.all_items(of()) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (7, 7),
+        (7.0, 7),
+        ("7", 7),
+        (" 1.5 ", "1.5"),
+        (1.5, "1.5"),
+        (1e-7, "0.0000001"),
+        ("1.23E-5", "0.0000123"),
+        ("+.5", "0.5"),
+        ("2.50", "2.5"),
+        (None, None),
+        ("", None),
+    ],
+)
+def test_numbers_have_no_exponent_and_no_more_digits_than_they_need(value: Json, number: Json) -> None:
+    found = values.number(of(value))
+    assert found == number
+    assert found is None or decimals.dumps(found) == str(number).encode()
+
+
+@pytest.mark.parametrize("value", ["seven", "1,5", "1e999", True, [], {}, "0x1", "NaN"])
+def test_what_is_no_number_is_invalid(value: Json) -> None:
+    with pytest.raises(values.Invalid):
+        values.number(of(value))
+
+
+def test_private_values_are_read_by_the_vr_that_they_say() -> None:
+    assert values.anything({"vr": "DS", "Value": ["1.5"]}) == "1.5"
+    assert values.anything({"vr": "IS", "Value": ["7"]}) == 7
+    assert values.anything({"vr": "DA", "Value": ["20240701"]}) == "2024-07-01"
+    assert values.anything({"vr": "UN", "Value": [" x "]}) == "x"
+    assert values.anything({"Value": [7]}) == 7
+    assert values.anything(None) is None
+
+
+def test_a_data_set_of_text_is_one_of_parsed_json() -> None:
+    parsed = {"00100020": of("P1"), "00080018": {"vr": "UI"}, "00081140": of({"00081155": of("1.2")})}
+    text = values.DataSet.parse(json.dumps(parsed).encode())
+    assert text == values.DataSet.of(parsed) == parsed
+    assert (len(text), "00100020" in text, "00100010" in text, text.get("00100010", 7)) == (3, True, False, 7)
+    assert text.text(("00100020",)) != text.text(("00080018",))
+    for broken in (b"[]", b"{", b"7", b'{"a": }', b""):
+        with pytest.raises(ValueError):
+            values.DataSet.parse(broken)
+
+
+def test_broken_text_costs_its_element_alone() -> None:
+    dataset = values.DataSet.parse(b'{"00100020": {"Value": ["P1"]}, "00081030": {"Value": ["\xff\xfe"]}}')
+    assert values.text(dataset.get("00100020")) == "P1"
+    with pytest.raises(values.Invalid):
+        dataset.get("00081030")
 
 
 def test_tags_and_readers_come_from_the_dictionary() -> None:

@@ -70,15 +70,6 @@ class PersonName(NamedTuple):
     phonetic: str | None = None
 
 
-class Code(NamedTuple):
-    """One item of a code sequence (PS3.3 section 8): value, coding scheme designator and version, meaning."""
-
-    value: str | None
-    scheme: str | None
-    version: str | None
-    meaning: str | None
-
-
 class DataSet(Mapping[str, Json]):
     """A DICOM JSON data set by tag (8 upper-case hex digits) whose elements stay JSON text until they are asked for.
 
@@ -390,17 +381,6 @@ def number(element: Json) -> int | Decimal | None:
     if isinstance(value, float) and math.isfinite(value):
         return plain(value)
     raise Invalid("not a number")
-
-
-def codes(element: Json) -> list[Code] | None:
-    """The items of a code sequence that have a code or a meaning (PS3.3 table 8.8-1)."""
-    found = []
-    for item in items(element) or ():
-        value = text(item.get("00080100")) or text(item.get("00080119")) or text(item.get("00080120"))
-        meaning = text(item.get("00080104"))
-        if value or meaning:
-            found.append(Code(value, text(item.get("00080102")), text(item.get("00080103")), meaning))
-    return found or None
 
 
 Reader: TypeAlias = Callable[[Json], Json]

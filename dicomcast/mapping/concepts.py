@@ -7,7 +7,7 @@ SNOMED-RT codes (SRT, SNM3, 99SDM) become SNOMED CT. A bad item or attribute cos
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import orjson
 
@@ -34,7 +34,17 @@ _LATERALITY_R4 = {
     "U": None,
 }
 
-_Make: TypeAlias = "Callable[[str | None, values.Code], Json]"
+
+class Code(NamedTuple):
+    """One item of a code sequence (PS3.3 section 8): value, coding scheme designator and version, meaning."""
+
+    value: str | None
+    scheme: str | None
+    version: str | None
+    meaning: str | None
+
+
+_Make: TypeAlias = Callable[[str | None, Code], Json]
 
 
 def code(read: Json, context: Context) -> Json:
@@ -150,9 +160,7 @@ def _made(make: _Make, read: Json, context: Context, problems: list[str]) -> Ite
             yield one
 
 
-def resolved(
-    item: dict[str, Json], schemes: Json, context: Context, problems: list[str]
-) -> tuple[str | None, values.Code]:
+def resolved(item: dict[str, Json], schemes: Json, context: Context, problems: list[str]) -> tuple[str | None, Code]:
     """System, or None, and content of an item; code and version are those of the system, where there is one."""
     value, long, urn, scheme, version, meaning = (attempt(values.text, item.get(tag), problems) for tag in _TAGS)
     code, system = value or long, None
@@ -165,7 +173,7 @@ def resolved(
     if system and not _CODE.fullmatch(code):
         problems.append("not a code")
         system = None
-    return system, values.Code(code, scheme, version, meaning)
+    return system, Code(code, scheme, version, meaning)
 
 
 def _current(system: str | None, scheme: str, code: str) -> tuple[str | None, str]:
@@ -199,13 +207,13 @@ def _named(table: Mapping[str, str], name: str) -> str | None:
     return next((table[key] for key in sorted(table) if key.casefold() == name.casefold()), None)
 
 
-def _coding(system: str | None, said: values.Code) -> Json:
+def _coding(system: str | None, said: Code) -> Json:
     version = {"version": said.version} if said.version else {}
     coded = {"system": system, **version, "code": said.value} if system else {}
     return coded | ({"display": said.meaning} if said.meaning else {}) or None
 
 
-def _concept(system: str | None, said: values.Code) -> Json:
+def _concept(system: str | None, said: Code) -> Json:
     if system:
         return {"coding": [_coding(system, said)]} | ({"text": said.meaning} if said.meaning else {})
     local = ", ".join(part for part in (said.value, said.scheme) if part) if said.value else None
