@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from pydicom import datadict
 
 from dicomcast import app, decimals, errors, mapping, settings
 from dicomcast.dicom import values
@@ -180,33 +179,38 @@ def _in_json(path: str) -> Iterator[Json]:
 
 
 class Explained(NamedTuple):
-    """What rules find in instances, what they leave out or guess, and which instances can't be mapped."""
+    """What rules find in instances, which find nothing, what is left out or guessed, and what can't be mapped."""
 
     found: list[dict[str, Json]]
+    nothing: list[tuple[str | None, str]]
     issues: list[tuple[str | None, mapping.Issue]]
     unmapped: list[Unmapped]
 
 
 def explain(compiled: mapping.Mapping, paths: Sequence[str], *, show_values: bool = False) -> Explained:
     """A row for each instance and each rule that finds something in it; its FHIR value only with `show_values`."""
-    told = Explained([], [], [])
+    told = Explained([], [], [], [])
     for source, dataset in _datasets(paths, told.unmapped):
         sop_uid = values.uid_in(dataset, "00080018")
         if (one := _read(compiled, source, dataset, told.unmapped)) is not None:
             told.issues.extend((sop_uid, issue) for issue in one.issues)
         try:
-            for rule, tag, value in compiled.explain(dataset):
+            for rule, read, value in compiled.explain(dataset):
+                if value is None:
+                    told.nothing.append((sop_uid, rule.id))
+                    continue
+                tag = read[0][0].tag if read else ""
                 row = {
                     "sop_instance_uid": sop_uid,
                     "element": f"{_ELEMENTS[rule.level]}.{target(rule)}",
                     "rule": rule.id,
                     "tag": tag,
-                    "keyword": "" if "x" in tag else datadict.keyword_for_tag(int(tag, 16)),
-                    "vr": _vr(dataset, tag),
+                    "vr": _vr(dataset, tag) if tag else "",
+                    "source": ", ".join(" > ".join(map(str, path)) for path in read),
                 }
                 told.found.append(row | ({"value": value} if show_values else {}))
         except values.Invalid:
-            pass  # what is no data set, or none with content items, is among the unmapped or the issues
+            pass  # what is no data set is among the unmapped
     return told
 
 
@@ -408,26 +412,27 @@ class Case(NamedTuple):
 
 
 def cases(options: settings.Settings, name: str, *, update: bool = False) -> list[Case]:
-    """Try the cases beside a module or an overlay: whether `map` still gives NAME.fhir.json for each NAME.dicom.json.
+    """Try the cases beside a module or an overlay: whether `map` gives NAME.fhir.json for NAME.dicom.json, or NAME.dcm.
 
     With `update`, write what it gives where that is new or differs. Raises `Misconfigured`, also where there are none.
     """
     compiled = rules(options, [name])
     folder = _path(name).with_suffix(".cases")
-    ends = (".dicom.json", ".fhir.json")
-    known = sorted({path.name.removesuffix(end) for end in ends for path in folder.glob(f"*{end}")})
-    if not known:
-        raise errors.Misconfigured([f"{folder}: has no cases: put DICOM JSON there, as NAME.dicom.json"])
+    given = sorted((*folder.glob("*.dicom.json"), *folder.glob("*.dcm")))
+    if not given:
+        raise errors.Misconfigured([f"{folder}: has no cases: put DICOM there, as NAME.dicom.json or NAME.dcm"])
     try:
-        return [_tried(compiled, one, *(folder / f"{one}{end}" for end in ends), update=update) for one in known]
+        return [_tried(compiled, one, update=update) for one in given]
     except OSError as refused:
         raise errors.Misconfigured([f"{refused.filename}: {refused.strerror}"]) from None
 
 
-def _tried(compiled: mapping.Mapping, name: str, given: Path, golden: Path, *, update: bool) -> Case:
+def _tried(compiled: mapping.Mapping, given: Path, *, update: bool) -> Case:
+    name = given.name.removesuffix(".dcm").removesuffix(".dicom.json")
+    golden = given.with_name(f"{name}.fhir.json")
     bundle, unmapped = map_paths(compiled, [str(given)])
-    if unreadable := [f"{one.source}: {one.message}" for one in unmapped if one.kind == "unreadable"]:
-        raise errors.Misconfigured(unreadable)
+    if any(one.kind == "unreadable" for one in unmapped):
+        return Case(name, "fail", [Difference(given.name, "unreadable")], unmapped)
     content = printed(bundle)
     try:
         differences = list(_differing("", _parts(golden.read_bytes()), _parts(content)))

@@ -236,8 +236,14 @@ def map_(
 def _explain(paths: Sequence[str], output: Format, *, show_values: bool) -> int:
     told = authoring.explain(_rules(), paths, show_values=show_values)
     rows = [{**row, "value": decimals.dumps(row["value"]).decode()} if show_values else row for row in told.found]
-    columns = ("sop_instance_uid", "element", "rule", "tag", "keyword", "vr", *(["value"] if show_values else []))
-    _print(output, told.found, rows, title="What rules find", columns=columns, empty="No rule finds anything.")
+    columns = ("sop_instance_uid", "element", "rule", "tag", "vr", "source", *(["value"] if show_values else []))
+    for sop_uid in dict.fromkeys(row["sop_instance_uid"] for row in rows) if output is Format.TABLE else ():
+        of_it = [row for row in rows if row["sop_instance_uid"] == sop_uid]
+        _print(output, None, of_it, title=f"Instance {sop_uid}", columns=columns[1:])
+    if output is not Format.TABLE:
+        _print(output, told.found, rows, title="What rules find", columns=columns)
+    for sop_uid in dict.fromkeys(uid for uid, _ in told.nothing):
+        _say(f"instance {sop_uid}: nothing for {', '.join(rule for uid, rule in told.nothing if uid == sop_uid)}")
     for sop_uid, issue in told.issues:
         _say(f"instance {sop_uid}: rule {issue.rule}, tag {issue.tag} {issue.vr}: {issue.reason}")
     _say_unmapped(told.unmapped)

@@ -394,11 +394,23 @@ def _from_file(config: Path | None) -> tuple[dict[str, Any], list[str]]:
     if named is None and not path.exists():
         return {}, []
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8")), []
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as unreadable:
         return {}, [f"{path}: can't be read ({unreadable.strerror})"]
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as invalid:
         return {}, [f"{path}: is not TOML: {invalid}"]
+    section = values.get("mapping")
+    if isinstance(section, dict):
+        lists = {name: section[name] for name in ("modules", "overlays") if isinstance(section.get(name), list)}
+        section |= {name: [_beside(path, one) for one in found] for name, found in lists.items()}
+    return values, []
+
+
+def _beside(path: Path, name: object) -> object:
+    """A mapping's file as the settings file means it: relative to itself."""
+    if isinstance(name, str) and name.endswith((".py", ".yaml", ".yml")):
+        return os.path.relpath(path.parent / name)
+    return name
 
 
 def _unknown_variables() -> Iterator[str]:

@@ -172,7 +172,7 @@ def test_names_that_are_nothing_are_named() -> None:
     code, out, err = run("mappings", "show", *names)
 
     assert (code, out) == (2, "")
-    assert [name for name in names if f" {name}: " not in err] == []
+    assert [name for name in names if f"{name}: " not in err] == []
 
 
 # The page
@@ -252,13 +252,27 @@ def test_explain_tells_where_elements_come_from(site: Path) -> None:
         "sop_instance_uid": data.SOPInstanceUID,
         "element": "Patient.name[use=usual]",
         "tag": "00100010",
-        "keyword": "PatientName",
         "vr": "PN",
+        "source": "PatientName",
     }
     assert found["series.number"]["element"] == "ImagingStudy.series.number"
     private = found["site.pitch"]
-    assert (private["tag"], private["keyword"], private["vr"]) == ("0009xx02", "", "SH")
+    assert (private["tag"], private["source"], private["vr"]) == ("0009xx02", "private(GEMS_IDEN_01, 0009, 02)", "SH")
+    assert (found["study.started"]["tag"], found["study.started"]["source"]) == (
+        "00080020",
+        "StudyDate, StudyTime, TimezoneOffsetFromUTC",
+    )
     assert private["element"] == "ImagingStudy.series.extension[url=https://hospital.example/pitch].valueString"
+
+
+def test_explain_says_which_rules_found_nothing(site: Path) -> None:
+    _, _, err = run("map", CT, "--explain", DICOMCAST_MAPPING__OVERLAYS=str(site))
+    (line,) = (line for line in err.splitlines() if "nothing for" in line)
+
+    assert line.startswith(f"instance {pydicom.dcmread(CT).SOPInstanceUID}: nothing for ")
+    named = line.partition(" nothing for ")[2].split(", ")
+    assert "series.laterality" in named
+    assert not {"site.pitch", "site.mr", "study.started"} & set(named)
 
 
 def test_explain_leaves_out_rules_that_are_about_other_instances(site: Path) -> None:
@@ -431,15 +445,23 @@ def test_cases_that_are_unusable_end_with_2(site: Path, cases: Path) -> None:
         assert (code, out) == (2, "")
         return err
 
-    (cases / "ct.dicom.json").write_text("[")
-    assert "ct.dicom.json: can't be read as JSON" in problem(site, "--update")
-    (cases / "ct.dicom.json").unlink()
-    assert "ct.dicom.json: can't be read as JSON (FileNotFoundError)" in problem(site)
     for path in cases.iterdir():
         path.unlink()
     assert "site.cases: has no cases" in problem(site)
     site.write_text(WRONG, encoding="utf-8")
     assert "site.yaml:2: rule site.typo" in problem(site)
+
+
+def test_a_case_that_can_not_be_read_fails_alone(site: Path, cases: Path) -> None:
+    assert run("mappings", "test", site, "--update")[0] == 0
+    (cases / "bad.dicom.json").write_text("[")
+    (cases / "file.dcm").write_bytes(Path(CT).read_bytes())
+    code, out, err = run("mappings", "test", site, "--update")
+    assert (code, out.splitlines()) == (
+        1,
+        ["fail bad", "  bad.dicom.json: unreadable", "pass ct", "new file", "pass mr"],
+    )
+    assert "bad.dicom.json: unreadable: can't be read as JSON" in err
 
 
 def test_a_shipped_module_has_its_cases_beside_it() -> None:

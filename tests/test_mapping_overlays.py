@@ -356,3 +356,69 @@ def test_the_module_of_the_readme_does_what_it_says(overlay: Callable[..., str])
     m = load(overlay(readme("python"), "site.py"))
     assert study(m, image(StudyDescription="W3-chest"))["description"] == "W3"
     assert [issue.reason for issue in m.read(image(StudyDescription="chest")).issues] == ["no ward in it"]
+
+
+# Mistakes that are easily made
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ("target: {element: description}, source: StudyID", "is one element and no list: write `target: description`"),
+        ("target: {element: identifier}, source: 'StudyID | identifier(\"urn:x:y\")'", "would own all of identifier"),
+        ("target: {element: identifier, where: {sytem: 'urn:x:y'}}, source: 'StudyID | identifier(\"urn:x:y\")'",
+         "identifier has no element sytem"),
+        ("target: description, constant: 5", "its constant does not fit description"),
+        ("target: description, constant: [a]", "its constant does not fit description"),
+        ("target: status, constant: avialable", "its constant does not fit status: code outside its required binding"),
+        ("target: location, source: StudyDescripton | display", "is it StudyDescription?"),
+        ("target: location, source: StudyID | dispaly", "is it display?"),
+        ("target: locaton, source: StudyID | display", "is it location?"),
+        ("target: location, source: 'StudyID | lookup(\"a\")'", "lookup needs pairs"),
+        ("target: location, source: 'private(\"A\", 0029, 1001)'", "the last two digits of the element"),
+        ("target: description, source: StudyID", "replace it by its id, or disable study.description"),
+        ("target: location, source: StudyID | display, when: {PatientSex: NO}", "when.PatientSex.0: Input should be"),
+        ("target: {element: note, were: 1}, source: StudyID", "were: Unexpected keyword argument"),
+    ],
+)  # fmt: skip
+def test_easy_mistakes_are_told_with_their_mend(overlay: Callable[[str], str], lines: str, problem: str) -> None:
+    path = overlay(f"rules:\n  - {{id: x, level: study, {lines}}}\n")
+    assert any(one.startswith(f"{path}:2: rule x: ") and problem in one for one in problems(path)), problems(path)
+
+
+def test_an_id_stands_once_and_keys_stay(overlay: Callable[[str], str]) -> None:
+    twice = "  - {id: x, level: study, target: location, source: StudyID | display}\n"
+    path = overlay(f"rules:\n{twice}{twice}disable: [study.uid, series.oprator]\n")
+    assert problems(path) == [
+        f"{path}:3: rule x: stands there twice",
+        f"{path}:4: rule study.uid: nothing works without it; replace it instead",
+        f"{path}:4: rule series.oprator: there is none to disable; is it series.operator?",
+    ]
+
+
+def test_an_item_that_its_rule_would_not_know_again_is_never_written(overlay: Callable[[str], str]) -> None:
+    """It could not be replaced or removed later."""
+    m = load(
+        overlay(
+            """
+rules:
+  - id: study.study_id
+    level: study
+    target: {element: identifier, where: {system: "urn:x:one"}}
+    source: StudyID | identifier("urn:x:another")
+"""
+        )
+    )
+    with pytest.raises(errors.InstanceFailed) as caught:
+        m.read(image(StudyID="S7"))
+    assert (caught.value.kind, caught.value.rule) == ("invalid", "study.study_id")
+
+
+def test_numbers_in_a_condition_need_no_quotes(overlay: Callable[[str], str]) -> None:
+    path = overlay(
+        "rules:\n  - {id: x, level: series, target: {element: extension, where: {url: 'urn:x:y'}, at: valueString},"
+        " source: StudyID, when: {SeriesNumber: 3}}\n"
+    )
+    m = load(path)
+    shown = [study(m, image(StudyID="S7", SeriesNumber=number))["series"][0] for number in (3, 4)]
+    assert ["extension" in one for one in shown] == [True, False]

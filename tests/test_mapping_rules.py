@@ -264,7 +264,7 @@ def problems(names: list[str], context: mapping.Context = CONTEXT) -> tuple[str,
         (Rule("x", "studies", "location", constant={}), "unknown level studies"),
         (Rule("x", "study", "colour", constant="red"), "unknown target element colour"),
         (Rule("x", "series", "subject", constant="red"), "unknown target element subject"),
-        (Rule("x", "study", Slice("location"), constant={}), "location is not a list"),
+        (Rule("x", "study", Slice("location"), constant={}), "location is one element and no list"),
         (Rule("x", "study", "location", sources=("StudyID",), policy="newest"), "unknown policy newest"),
         (Rule("x", "study", "location", sources=("StudyID",), policy="union"), "union needs a list"),
         (Rule("x", "study", "location", constant={}, owner="theirs"), "unknown owner theirs"),
@@ -281,8 +281,8 @@ def problems(names: list[str], context: mapping.Context = CONTEXT) -> tuple[str,
     ],
 )  # fmt: skip
 def test_wrong_rules_are_named_when_they_are_loaded(site: Callable[..., list[str]], rule: Rule, problem: str) -> None:
-    (found,) = problems(site(rule))
-    assert re.search(rf"^site_rules\.own:\d+: rule x: .*{problem}", found)
+    found = problems(site(rule))
+    assert any(re.search(rf"^site_rules\.own:\d+: rule x: .*{problem}", one) for one in found), found
 
 
 def test_every_problem_is_listed_at_once(site: Callable[..., list[str]]) -> None:
@@ -335,7 +335,7 @@ def test_a_site_adds_and_replaces_rules(site: Callable[..., list[str]]) -> None:
 def test_a_step_that_breaks_is_an_issue_without_the_value(site: Callable[..., list[str]]) -> None:
     m = load(site(Rule("study.description", "study", "description", sources=("StudyDescription",), steps=(broken,))))
     instance = m.read(image(StudyDescription="Secret"))
-    assert [issue.reason for issue in instance.issues] == ["step raised RuntimeError"]
+    assert [issue.reason for issue in instance.issues] == ["step test_mapping_rules:broken raised RuntimeError"]
     assert "description" not in m.study([instance], **LINKS).resource
 
 
@@ -363,7 +363,9 @@ def series_of(m: mapping.Mapping, *keywords: Json) -> list[mapping.Instance]:
 
 
 def test_union_collects_sorts_and_folds(site: Callable[..., list[str]]) -> None:
-    rule = Rule("site.note", "study", Slice("note", most=9), sources=("StudyID",), steps=(coded,), policy="union")
+    rule = Rule(
+        "site.note", "study", Slice("note", by="text", most=9), sources=("StudyID",), steps=(coded,), policy="union"
+    )
     m = load(site(rule))
     read = series_of(m, {"StudyID": "b"}, {"StudyID": "a"}, {}, {"StudyID": "b"})
     whole = m.study(read, **LINKS)

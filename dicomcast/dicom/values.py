@@ -142,6 +142,11 @@ def tag_of(name: str) -> str:
     return f"{tag:08X}"
 
 
+def keywords() -> list[str]:
+    """All keywords of the dictionary."""
+    return list(datadict.keyword_dict)
+
+
 def vr_of(tag: str) -> str:
     """The VR that the dictionary gives a tag of 8 hex digits, the first where it allows several; else KeyError."""
     return datadict.dictionary_VR(int(tag, 16)).split(" or ")[0]

@@ -1,10 +1,12 @@
 """What is wrong with a rule, found at start: names, arguments, types and cardinality, before any data set is read."""
 
+import difflib
 from collections.abc import Iterable, Iterator
 
 import orjson
 
 from dicomcast.dicom import values
+from dicomcast.dicom.values import Json
 from dicomcast.mapping import notation, rules, steps, validation
 from dicomcast.mapping.rules import Context, Report, Rule, Slice
 
@@ -17,6 +19,12 @@ _FITS = {
     "integer": frozenset(("Integer", "UnsignedInt", "PositiveInt", "Decimal")),
     "number": frozenset(("Decimal",)),
 }
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What may have been meant."""
+    found = difflib.get_close_matches(name, [*known], n=1)
+    return f"; is it {found[0]}?" if found else ""
 
 
 def problems(rule: Rule, reports: dict[str, Report]) -> Iterator[str]:
@@ -41,7 +49,8 @@ def mixed(table: Iterable[Rule]) -> Iterator[tuple[Rule, str]]:
         if other is rule:
             continue
         if not (isinstance(rule.target, Slice) and isinstance(other.target, Slice)):
-            yield rule, f"rule {rule.id}: {other.id} owns {rule.place} {rule.element} too"
+            mend = f"replace it by its id, or disable {other.id}"
+            yield rule, f"rule {rule.id}: {other.id} owns {rule.place} {rule.element} too: {mend}"
         elif rule.owner != other.owner:
             yield rule, f"rule {rule.id}: {other.id} is of owner {other.owner}, and {rule.element} is one element"
 
@@ -81,7 +90,9 @@ def _of_source(text: str) -> Iterator[str]:
         yield f"source {text}: {error}"
         return
     for path in source.paths:
-        yield from notation.problems(path)
+        for problem in notation.problems(path):
+            word = problem.rpartition(" ")[2]
+            yield problem + (near(word, values.keywords()) if problem.startswith("unknown") else "")
     for step in source.steps:
         yield from _of_call(step)
 
@@ -96,22 +107,24 @@ def _of_step(text: str) -> Iterator[str]:
 def _of_call(call: notation.Call) -> Iterator[str]:
     known = steps.STEPS.get(call.name)
     if known is None:
-        yield f"unknown step {call.name}"
+        yield f"unknown step {call.name}{near(call.name, steps.STEPS)}"
         return
     least, most = known.arguments()
     if not least <= len(call.arguments) <= most:
         yield f"step {call.name} takes {least if least == most else f'{least} or more'} arguments"
+    if call.name == "lookup" and len(call.arguments) % 2:
+        yield "step lookup needs pairs"
     if call.name in ("identifier", "coding") and call.arguments and not values.is_uri(call.arguments[0]):
         yield f"step {call.name} needs an absolute URI"
 
 
 def _of_place(rule: Rule, reports: dict[str, Report]) -> Iterator[str]:
-    for value, known, what in (
+    for value, allowed, what in (
         (rule.level, rules.LEVELS, "level"),
         (rule.policy, rules.POLICIES, "policy"),
         (rule.owner, rules.OWNERS, "owner"),
     ):
-        if value not in known:
+        if value not in allowed:
             yield f"unknown {what} {value}"
     if rule.level not in rules.LEVELS:
         return
@@ -119,19 +132,33 @@ def _of_place(rule: Rule, reports: dict[str, Report]) -> Iterator[str]:
         yield f"unknown report {rule.report}" if rule.report else "a rule of level report names its report"
         return
     target = rule.target
-    if isinstance(target, Slice) and target.default not in (None, *Context.__dataclass_fields__):
-        yield f"unknown setting {target.default}"
-    if rule.element not in validation.elements(rule.place):
-        yield f"unknown target element {rule.element}"
+    known = validation.elements(rule.place)
+    if rule.element not in known:
+        yield f"unknown target element {rule.element}{near(rule.element, known)}"
     elif isinstance(target, Slice) and not validation.is_list(rule.place, rule.element):
-        yield f"target element {rule.element} is not a list"
+        yield f"{rule.element} is one element and no list: write `target: {rule.element}`"
     elif rule.policy == "union" and not validation.is_list(rule.place, rule.element):
-        yield f"policy union needs a list, and {rule.element} is none"
-    elif isinstance(target, Slice) and target.at is not None:
-        if validation.type_of(rule.place, rule.element, target.at) is None:
-            yield f"{rule.element} has no element {target.at}"
-        elif any("." in path for path in target.where):
-            yield "with at, where names elements of the item itself"
+        yield f"policy union needs a list, and {rule.element} is one element"
+    elif isinstance(target, Slice):
+        yield from _of_slice(rule.place, target)
+    if rule.constant is not None and (reason := validation.misfit(rule.place, rule.element, _constant(rule))):
+        yield f"its constant does not fit {rule.element}: {reason}"
+
+
+def _constant(rule: Rule) -> Json:
+    return rule.target.items(rule.constant) if isinstance(rule.target, Slice) else rule.constant
+
+
+def _of_slice(place: str, target: Slice) -> Iterator[str]:
+    if target.default not in (None, *Context.__dataclass_fields__):
+        yield f"unknown setting {target.default}"
+    if not target.where and target.by is None:
+        yield f"its target would own all of {target.element}: say which items are its own, by where"
+    for path in (*target.where, *([] if target.at is None else [target.at])):
+        if validation.type_of(place, target.element, path.partition(".")[0]) is None:
+            yield f"{target.element} has no element {path.partition('.')[0]}"
+    if target.at is not None and any("." in path for path in target.where):
+        yield "with at, where names elements of the item itself"
 
 
 def _of_types(rule: Rule) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dicomcast import errors
 from dicomcast.dicom import values
 from dicomcast.dicom.values import DataSet, Json
 from dicomcast.mapping import content as tree
-from dicomcast.mapping import notation, steps, validation
+from dicomcast.mapping import notation, rules, steps, validation
 from dicomcast.mapping.content import Elements
 from dicomcast.mapping.layout import Layout
 from dicomcast.mapping.rules import Context, Report, Rule, Slice, Step
@@ -121,8 +121,15 @@ class Reading:
                 self._absent(issues, invalid=len(issues) > before)
             return None
         if self._target is not None:
-            return self._target.items(value)
+            return self._items(self._target, value)
         return [value] if self._many and not isinstance(value, list) else value
+
+    def _items(self, target: Slice, value: Json) -> list[Json]:
+        """The items of a slice. What the slice would not know again as its own would never be replaced."""
+        items = target.items(value)
+        if target.at is None and not all(map(target.could_be, items)):
+            _fail("invalid", "the rule made an item that its target's where leaves out", rule=self.rule.id)
+        return items
 
     def applies(self, dataset: Elements) -> bool:
         """Whether the rule is about this instance."""
@@ -144,8 +151,8 @@ class Reading:
 def _source(rule: Rule, text: str, context: Context) -> _Source:
     """A source as a closure; paths that begin with `content(...)` start at its second argument."""
     source = notation.parse(text)
-    fetches = [(path[0].attribute.name == "content", _fetch(rule.id, path)) for path in source.paths]
-    functions = [steps.resolve(step) for step in (*source.steps, *rule.steps)]
+    fetches = [(_in_content(path), _fetch(rule.id, path)) for path in source.paths]
+    functions = [(rules.name_of(step), steps.resolve(step)) for step in (*source.steps, *rule.steps)]
     last = source.paths[0][-1]
     blank = Issue(rule.id, last.tag, last.vr, "")
 
@@ -157,13 +164,17 @@ def _source(rule: Rule, text: str, context: Context) -> _Source:
             value = tuple([fetch(content if in_content else dataset, issues) for in_content, fetch in fetches])
             if not any(one is not None for one in value):
                 return None
-        for function in functions:
+        for step in functions:
             if value is None:
                 break
-            value = _stepped(function, value, context, issues, blank)
+            value = _stepped(step, value, context, issues, blank)
         return value
 
     return read
+
+
+def _in_content(path: notation.Path) -> bool:
+    return path[0].attribute.name == "content"
 
 
 def _plain(path: notation.Path) -> _Fetch:
@@ -281,7 +292,7 @@ class Readings:
         self._reports = [
             (one, f"report {one.name}", _plain(notation.parse(one.key).paths[0]) if one.key else None) for one in kinds
         ]
-        self._fixed = {place: steps.fixed(rules, context) for place, rules in layout.rules.items()}
+        self._fixed = {place: steps.fixed(owned, context) for place, owned in layout.rules.items()}
         self._memory: dict[str, _Memory] = {level: {} for level in ("patient", "study", "series")}
         self._known: WeakValueDictionary[tuple[str, bytes], Values] = WeakValueDictionary()
 
@@ -315,8 +326,8 @@ class Readings:
             reports=reports,
         )
 
-    def origins(self, dataset: DataSet) -> Iterator[tuple[Rule, notation.Part, Json]]:
-        """For every rule that finds a value in a data set: itself, the first attribute that has one, what it makes."""
+    def origins(self, dataset: DataSet) -> Iterator[tuple[Rule, tuple[notation.Path, ...], Json]]:
+        """For every rule that is about a data set: itself, the paths that lead to a value, and what it makes."""
         places: list[tuple[str, Elements]] = [(level, dataset) for level in ("patient", *_UIDS)]
         for definition, place, _ in self._reports:
             try:
@@ -325,13 +336,16 @@ class Readings:
                 continue
         for place, content in places:
             for reading in self._readings[place]:
-                for text, source in zip(reading.rule.sources, reading.sources, strict=True):
-                    value = source(dataset, content, [])
-                    if value is not None and reading.applies(dataset):
-                        paths = notation.parse(text).paths
-                        found = (path for path in paths if _plain(path)(dataset, []) or _plain(path)(content, []))
-                        yield reading.rule, next(found, paths[0])[0], value
-                        break
+                if not reading.applies(dataset):
+                    continue
+                tried = zip(reading.rule.sources, reading.sources, strict=True)
+                text, value = next(
+                    ((text, value) for text, source in tried if (value := source(dataset, content, [])) is not None),
+                    ("", None),
+                )
+                paths = notation.parse(text).paths if text else ()
+                told = (path for path in paths if _plain(path)(content if _in_content(path) else dataset, []))
+                yield reading.rule, tuple(told), value
 
     def _shared(self, level: str, dataset: DataSet) -> tuple[Values, tuple[Issue, ...]]:
         """The values of a level that instances share; at once where what was read for them before stands here too."""
@@ -433,12 +447,13 @@ def _who(items: Mapping[str, Json]) -> tuple[str | None, str]:
     _fail("value-invalid", "the rule gives no identifier with a value", rule=PATIENT)
 
 
-def _stepped(function: Step, value: Json, context: Context, issues: list[Issue], blank: Issue) -> Json:
+def _stepped(step: tuple[str, Step], value: Json, context: Context, issues: list[Issue], blank: Issue) -> Json:
+    name, function = step
     try:
         return function(value, context)
     except values.Invalid as error:
         issues.append(replace(blank, reason=error.reason))
         return error.kept
     except Exception as error:  # a site's own step; its text may repeat the value
-        issues.append(replace(blank, reason=f"step raised {type(error).__name__}"))
+        issues.append(replace(blank, reason=f"step {name} raised {type(error).__name__}"))
         return None

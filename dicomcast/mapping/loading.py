@@ -18,11 +18,11 @@ import yaml
 
 from dicomcast import errors
 from dicomcast.dicom.values import DataSet, Json
-from dicomcast.mapping import checking, engine, rules, steps, tables, validation
+from dicomcast.mapping import checking, engine, notation, rules, steps, tables, validation
 from dicomcast.mapping import study as combining
 from dicomcast.mapping.engine import Instance
 from dicomcast.mapping.layout import RESOURCES, Layout, by_uid
-from dicomcast.mapping.rules import Context, Report, Rule
+from dicomcast.mapping.rules import Context, Report, Rule, Slice
 from dicomcast.mapping.study import Built, Observed
 
 SHIPPED = "dicomcast_mappings"
@@ -108,17 +108,28 @@ class Draft:
         except (OSError, ValueError, yaml.YAMLError) as error:
             mark = getattr(error, "problem_mark", None)
             why = getattr(error, "strerror", None) or getattr(error, "problem", None) or "not text"
-            self._unloaded.append(f"mapping overlay {name}{f':{mark.line + 1}' if mark else ''}: {why}")
+            place = f":{mark.line + 1}" if mark else ""
+            self._unloaded.append(f"mapping overlay {Path(name).absolute()}{place}: {why}")
             return
         lines = _lines(root)
+        seen: set[str] = set()
         for row, line in zip(overlay.rules, lines.get("rules", ()), strict=True):
             try:
-                self._put(_RULE.validate_python(_spelled(row)), f"{name}:{line}")
+                rule = _RULE.validate_python(_spelled(row))
             except pydantic.ValidationError as error:
                 self._unloaded += [f"{name}:{line}: rule {row.get('id')}: {_told(one)}" for one in error.errors()]
+                continue
+            if rule.id in seen:
+                self._unloaded.append(f"{name}:{line}: rule {rule.id}: stands there twice")
+            seen.add(rule.id)
+            self._put(rule, f"{name}:{line}")
         for id, line in zip(overlay.disable, lines.get("disable", ()), strict=True):
-            if self.rules.pop(id, None) is None:
-                self._unloaded.append(f"{name}:{line}: rule {id}: there is none to disable")
+            if id not in self.rules:
+                near = checking.near(id, self.rules)
+                self._unloaded.append(f"{name}:{line}: rule {id}: there is none to disable{near}")
+            elif id in _REQUIRED:
+                self._unloaded.append(f"{name}:{line}: rule {id}: nothing works without it; replace it instead")
+            self.rules.pop(id, None)
 
     def _put(self, rule: Rule, place: str) -> None:
         self.rules[rule.id] = rule
@@ -130,7 +141,7 @@ class _Overlay(pydantic.BaseModel, extra="forbid"):
     disable: list[str] = []
 
 
-_RULE = pydantic.TypeAdapter(Rule)
+_RULE, _SLICE = pydantic.TypeAdapter(Rule), pydantic.TypeAdapter(Slice)
 
 
 def _spelled(row: dict[str, Json]) -> dict[str, Json]:
@@ -139,7 +150,11 @@ def _spelled(row: dict[str, Json]) -> dict[str, Json]:
     if "source" in row:
         rule["sources"] = [row["source"]] if isinstance(row["source"], str) else row["source"]
     if isinstance(when := row.get("when"), dict):
-        rule["when"] = {text: [one] if isinstance(one, str) else one for text, one in when.items()}
+        lists = {source: texts if isinstance(texts, list) else [texts] for source, texts in when.items()}
+        # YAML makes a number of 1; what it makes of NO must be quoted.
+        rule["when"] = {source: [str(one) if type(one) is int else one for one in lists[source]] for source in lists}
+    if isinstance(row.get("target"), dict):
+        rule["target"] = _SLICE.validate_python(row["target"])
     return rule
 
 
@@ -202,10 +217,9 @@ class Mapping:
         """One instance (DICOM JSON object), mapped and validated. Raises `errors.InstanceFailed`, nothing else."""
         return self._reader.read(dataset)
 
-    def explain(self, dataset: DataSet | Json) -> Iterator[tuple[Rule, str, Json]]:
-        """What each rule finds in one instance: rule, tag of the first attribute that it came from, FHIR value."""
-        for rule, part, value in self._reader.origins(DataSet.of(dataset)):
-            yield rule, part.tag, value
+    def explain(self, dataset: DataSet | Json) -> Iterator[tuple[Rule, tuple[notation.Path, ...], Json]]:
+        """What each rule makes of one instance: rule, the paths that lead to a value, FHIR value (None for nothing)."""
+        yield from self._reader.origins(DataSet.of(dataset))
 
     def study(self, instances: Iterable[Instance], *, subject: Json, endpoint: Json) -> Built:
         """The ImagingStudy of a complete set of instances, with these references. Raises `errors.StudyFailed`."""

@@ -6,7 +6,7 @@
     SpecimenDescriptionSequence[] > SpecimenUID        through all its items
     OperatorsName[]                                    all values, with None for an empty one
     StudyDate, StudyTime | started                     several read together: the step gets them as a tuple
-    private("ACME 1.0", 0029, 10)                      by private creator, group and element (PS3.5 7.8)
+    private("ACME 1.0", 0029, 10)                      (0029,xx10) of that private creator's block (PS3.5 7.8)
     content(113813)                                    the item of an SR's content tree with this concept name (DCM)
 
 There are no loops, no arithmetic and no expressions: what a step can't do, a module's own function does.
@@ -41,6 +41,10 @@ class Part:
 
     attribute: Call
     every: bool = False
+
+    def __str__(self) -> str:
+        arguments = f"({', '.join(self.attribute.arguments)})" if self.attribute.arguments else ""
+        return f"{self.attribute.name}{arguments}{'[]' if self.every else ''}"
 
     @property
     def tag(self) -> str:
@@ -157,7 +161,10 @@ def problems(path: Path) -> Iterator[str]:
         name, arguments = part.attribute.name, part.attribute.arguments
         if name == "private":
             if not re.fullmatch("[0-9A-F]{0,3}[13579BDF] [0-9A-F]{1,2}", " ".join(arguments[1:]).upper()):
-                yield 'private needs creator, odd group and element: private("ACME 1.0", 0029, 10)'
+                yield (
+                    "private needs creator, odd group, and the last two digits of the element: of (0029,1010)"
+                    ' private("ACME 1.0", 0029, 10)'
+                )
         elif name == "content":
             if len(arguments) not in (1, 2):
                 yield "content needs a code value, and a coding scheme if it is not DCM: content(113813)"

@@ -201,8 +201,10 @@ class Rule:
         return found
 
 
-def name_of(step: str | Step) -> str:
+def name_of(step: str | notation.Call | Step) -> str:
     """How a step is shown and hashed: as it is written, or module and qualified name of a function."""
     if isinstance(step, str):
         return step
+    if isinstance(step, notation.Call):
+        return step.name
     return f"{step.__module__}:{getattr(step, '__qualname__', type(step).__qualname__)}"

@@ -70,6 +70,18 @@ def type_of(place: str, element: str, inner: str | None = None) -> str | None:
     return field.model.rpartition(".")[2] if field.model else field.kind or "Boolean"
 
 
+def misfit(place: str, element: str, value: Json) -> str | None:
+    """Why a value can't stand in an element, None if it can."""
+    model = _model_of(place)
+    if found := next(_check(model, {element: value}, ()), None):
+        return found[1]
+    try:
+        _validators(model)[element](value)
+    except Exception as error:
+        return next((problem.reason for problem in _refused(error)), "invalid")
+    return None
+
+
 def problems(place: str, content: Json, *, models: bool = True) -> list[Problem]:
     """What is wrong with a resource or a part of one (a series without its instances, one instance).
 
@@ -130,7 +142,8 @@ def _refused(error: Exception) -> Iterator[Problem]:
         yield Problem("", type(error).__name__)
         return
     for item in listed(include_url=False, include_context=False, include_input=False):
-        yield Problem(str(item["loc"][0]) if item["loc"] else "", item["type"])
+        reason = re.sub(r"^(.*)_type$", r"not of type \1", item["type"])
+        yield Problem(str(item["loc"][0]) if item["loc"] else "", reason)
 
 
 def _check(model: str, content: Json, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -353,4 +353,4 @@ def _as_written(write: Write, done: Written, addresses: dict[str, str]) -> Held:
 
 
 def _issue(issue: mapping.Issue) -> store.IssueKey:
-    return (issue.rule, issue.tag, issue.vr, issue.reason)
+    return (issue.rule, issue.tag, issue.vr, issue.reason[:128])  # as wide as its column
