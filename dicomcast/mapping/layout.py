@@ -50,15 +50,19 @@ class Layout:
         found = self._elements[level].get(element.lstrip("_"))
         return found[0].id if found else None
 
-    def write(self, level: str, old: Mapping[str, Json], values: Items, *, fills: bool = True) -> dict[str, Json]:
+    def write(
+        self, level: str, old: Mapping[str, Json], values: Items, *, fills: frozenset[str] | None = None
+    ) -> dict[str, Json]:
         """`old` with what our rules own set to `values`, and removed where there is none. Children stay as they are.
 
-        Without `fills`, elements of the owner `fill` that are there stay as they are: somebody else may have set them.
+        An element of the owner `fill` that is there and not among `fills` (`study.referrer`; None: all are) stays as it
+        is, since somebody else may have set it; but where it is a part of what we want, it was ours, and grows.
         """
         new = dict(old)
         for element, owners in self._elements[level].items():
             rule = owners[0]
-            if rule.owner == "fill" and not fills and element in old:
+            theirs = rule.owner == "fill" and element in old and fills is not None and f"{level}.{element}" not in fills
+            if theirs and not _part_of(old[element], [values.get(one.id) for one in owners]):
                 continue
             if isinstance(rule.target, Slice):
                 value = self._list(new.get(element), owners, values) or None
@@ -105,7 +109,7 @@ class Layout:
         return ours or [item for item in items if target.could_be(item)] or None
 
     def merge(
-        self, existing: Mapping[str, Json], wanted: Mapping[str, Json], level: str, *, fills: bool
+        self, existing: Mapping[str, Json], wanted: Mapping[str, Json], level: str, *, fills: frozenset[str] | None
     ) -> dict[str, Json]:
         """What we own as in `wanted`, the rest as in `existing`, for a part and its children."""
         new = self.write(level, existing, self.read(level, wanted), fills=fills)
@@ -118,7 +122,9 @@ class Layout:
             _set(new, element, merged or None)
         return new
 
-    def _child(self, old: dict[str, Json] | None, part: dict[str, Json], level: str, *, fills: bool) -> dict[str, Json]:
+    def _child(
+        self, old: dict[str, Json] | None, part: dict[str, Json], level: str, *, fills: frozenset[str] | None
+    ) -> dict[str, Json]:
         if old is None or old == part:
             return part
         return self.merge(old, part, level, fills=fills)
@@ -147,6 +153,12 @@ def _all_ours(owners: list[Rule], value: Json) -> bool:
             return False
         counts[owner.id] += 1
     return all(counts[rule.id] <= rule.target.most for rule in owners if isinstance(rule.target, Slice))
+
+
+def _part_of(old: Json, wanted: list[Json]) -> bool:
+    """Whether a list holds nothing but items that we want."""
+    items = [item for value in wanted if isinstance(value, list) for item in value]
+    return isinstance(old, list) and all(item in items for item in old)
 
 
 def _could_be(rule: Rule, item: Json) -> bool:

@@ -255,10 +255,18 @@ class Mapping:
             raise errors.Misconfigured(found)
         return resource
 
-    def merge(self, existing: Json, wanted: Json, *, report: str | None = None, fills: bool = True) -> dict[str, Json]:
+    @property
+    def fills(self) -> frozenset[str]:
+        """The elements of an ImagingStudy that our rules only fill: `study.referrer`, `series.bodySite`."""
+        return frozenset(f"{rule.level}.{rule.element}" for rule in self.rules if rule.owner == "fill")
+
+    def merge(
+        self, existing: Json, wanted: Json, *, report: str | None = None, fills: frozenset[str] | None = None
+    ) -> dict[str, Json]:
         """What our rules own as in `wanted`, everything else as in `existing` (None: nothing there yet).
 
-        `report` is the kind of an Observation. Without `fills`, elements that our rules only fill stay where they are.
+        `report` is the kind of an Observation. Of the elements that our rules only fill, those outside of `fills` stay
+        where they are; None means that all are ours.
         """
         if existing is None:
             return dict(wanted)

@@ -17,7 +17,6 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
-    true,
 )
 
 metadata = MetaData()
@@ -89,10 +88,10 @@ study = Table(
     Column("synced_at", Instant, nullable=False),
     Column(
         "filled",
-        Boolean,
+        Text,
         nullable=False,
-        server_default=true(),
-        comment="elements of owner `fill` are ours: nobody else has set them",
+        server_default="",
+        comment="elements of owner `fill` that nobody else has set, by name",
     ),
 )
 

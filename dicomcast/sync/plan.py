@@ -7,6 +7,8 @@ from dicomcast.decimals import Json
 from dicomcast.fhir import resources
 from dicomcast.fhir.resources import Held, Write
 
+WRONG = "entered-in-error"
+
 
 @dataclass(frozen=True, slots=True)
 class Naming:
@@ -38,16 +40,19 @@ def patient(held: Held, wanted: Json, *, rules: mapping.Mapping) -> Write | None
 
 
 def study(
-    held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming, filled: bool
-) -> tuple[Write | None, bool]:
+    held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming, filled: frozenset[str]
+) -> tuple[Write | None, frozenset[str]]:
     """The ImagingStudy with what we own of it as wanted, and what others put there as it is.
 
-    `filled`: the elements that our rules only fill are as we left them. The second value says so of the result.
+    `filled`: of the elements that our rules only fill, those that are as we left them. The second value says so of the
+    result.
     """
     if held is None:
-        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming), True
+        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming), rules.fills
     merged = rules.merge(held.resource, wanted, fills=filled)
-    return _update(held, merged, rules), filled or rules.same(merged, rules.merge(held.resource, wanted))
+    others = rules.fills - filled
+    more = {one for one in others if rules.same(merged, rules.merge(merged, wanted, fills=frozenset((one,))))}
+    return _update(held, merged, rules), (filled & rules.fills) | more
 
 
 def observation(held: Held | None, wanted: mapping.Observed, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
@@ -71,7 +76,7 @@ def delete(held: Held) -> Write:
 
 def erroneous(held: Held) -> Write:
     """An Observation of ours that should go and can't: others refer to it."""
-    return Write(held.type, {**held.resource, "status": "entered-in-error"}, id=held.id, if_match=held.version)
+    return Write(held.type, {**held.resource, "status": WRONG}, id=held.id, if_match=held.version)
 
 
 def created_by_us(held: Held, study_uid: str, *, naming: Naming) -> bool:

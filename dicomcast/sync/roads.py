@@ -6,7 +6,7 @@ that it replaces.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dicomcast import decimals, errors, mapping
@@ -24,6 +24,8 @@ from dicomcast.sync.ledger import Ledger, Outcome, Settled
 from dicomcast.sync.links import Around, Links
 
 _CACHE_BYTES = 64_000_000
+_AT_ONCE = 100
+"""Most writes of one transaction."""
 _Build = Callable[[Json, Json], mapping.Built]
 """From references to subject and Endpoint to the wanted ImagingStudy."""
 
@@ -90,7 +92,7 @@ class Roads:
     async def _base(self, row: store.Study, failing: bool) -> Held:
         """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
         stale = failing or row.mapping_digest != self._rules.digest
-        if row.outcome != "synced" or stale or row.version is None or not row.filled:
+        if row.outcome != "synced" or stale or row.version is None or self._rules.fills - {*row.filled.split()}:
             raise errors.Replan("a study that can't be vouched for")
         remembered = self._written.get(row.study_instance_uid)
         if remembered is not None and remembered[0].version == row.version:
@@ -212,7 +214,9 @@ class Roads:
     async def _deleted(self, held: Held, observed: list[Held]) -> bool:
         """DELETE with our Observations; False where others refer to one of them (409 though nobody changed any)."""
         try:
-            await self._fhir.write([plan.delete(one) for one in (*observed, held)])
+            for part in _parts([], [plan.delete(one) for one in (*observed, held)]):
+                self._ledger.guard()
+                await self._fhir.write(part)
         except errors.Conflict:
             if await self._changed(held, observed):
                 raise
@@ -223,25 +227,19 @@ class Roads:
         """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong."""
         status = "cancelled" if self._end_policy == "delete" else self._end_policy
         ended = plan.ended(held, status=status, rules=self._rules)
-        study = [ended] if ended is not None else []
-        if not study and not observed:
-            return held
-        self._ledger.guard()
-        try:
-            done = await self._fhir.write([*study, *map(plan.delete, observed)])
-        except errors.Conflict:
-            if not observed or await self._changed(held, observed):
-                raise
-            self._ledger.guard()
-            done = await self._fhir.write([*study, *map(plan.erroneous, observed)])
-        return _as_written(ended, done[0], {}) if ended is not None and done[0] is not None else held
+        kept = held
+        for part in _parts([ended] if ended is not None else [], [plan.delete(one) for one in observed]):
+            for write, done in await self._done(held, observed, part, {}):
+                if write is ended:
+                    kept = _as_written(write, done, {})
+        return kept
 
-    async def _changed(self, held: Held, observed: list[Held]) -> bool:
+    async def _changed(self, held: Held, observed: Sequence[Held]) -> bool:
         """Whether somebody has changed the ImagingStudy or an Observation since."""
         now = await self._fhir.read("ImagingStudy", held.id)
         there = await observations.of_study(self._fhir, held) if observed else []
         before = {(one.id, one.version) for one in (held, *observed)}
-        return now is None or before != {(one.id, one.version) for one in (now, *there)}
+        return now is None or not before <= {(one.id, one.version) for one in (now, *there)}
 
     # Both -----------------------------------------------------------------------------------------------------------
 
@@ -263,12 +261,9 @@ class Roads:
         around: Around,
         instances: list[mapping.Instance],
         exact: bool,
-        observed: list[Held] | None = None,
+        observed: Sequence[Held] = (),
     ) -> Settled:
-        """Plan, write what is needed at once, and say what came of it.
-
-        `observed` are our Observations of the study; None where only new ones can be wanted.
-        """
+        """Plan, write what is needed at once, and say what came of it. `observed`: our Observations of the study."""
         sequence = max(change.last_sequence, row.last_sequence if row else 0)
         change.patient_key = around.key
         who = self._rules.patient(instances)
@@ -277,32 +272,56 @@ class Roads:
             around, who.resource, change=change, sequence=sequence, exact=exact
         )
         built = build(subject, {"reference": endpoint})
-        ours = row is not None and row.filled and held is not None and row.version == held.version
-        study_write, filled = plan.study(held, built.resource, rules=self._rules, naming=self._naming, filled=ours)
+        ours = row is not None and held is not None and row.version == held.version is not None
+        filled = frozenset(row.filled.split()) if row is not None and ours else frozenset()
+        study_write, filled = plan.study(held, built.resource, rules=self._rules, naming=self._naming, filled=filled)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
         address = study_write or held
         assert address is not None
         wanted = self._rules.reports(instances, subject=subject, study={"reference": address.reference})
-        there = await observations.known(self._fhir, wanted, observed) if observed is not None else []
-        writes += observations.writes(wanted, there, rules=self._rules, naming=self._naming)
+        if wanted:
+            observed = await observations.known(self._fhir, wanted, observed)
+        about = observations.writes(wanted, observed, rules=self._rules, naming=self._naming)
         addresses: dict[str, str] = {}
         study: Held | None = held
-        if writes:
-            self._ledger.guard()
-            for write, done in zip(writes, await self._fhir.write(writes), strict=True):
-                if done is None:
-                    continue
+        for part in _parts(writes, about):
+            for write, done in await self._done(held, observed, part, addresses):
                 addresses[write.reference] = done.reference
                 await self._links.written(around.key, write, done, sequence=sequence)
                 if write is study_write:
                     study = _as_written(write, done, addresses)
         assert study is not None
         self._cache(change.study_uid, study)
-        outcome: Outcome = "unchanged" if not writes else "created" if held is None else "updated"
+        outcome: Outcome = "unchanged" if not (writes or about) else "created" if held is None else "updated"
         issues = Counter(_issue(issue) for one in instances for issue in one.issues)
         issues.update(_issue(issue) for issue in (*built.issues, *who.issues))
-        settled = replace(self._row(change, row, "synced", study), filled=filled)
+        settled = replace(self._row(change, row, "synced", study), filled=" ".join(sorted(filled)))
         return Settled(outcome, settled, failures=tuple(change.failures), issues=issues)
+
+    async def _done(
+        self, held: Held | None, observed: Sequence[Held], writes: list[Write], addresses: dict[str, str]
+    ) -> list[tuple[Write, Written]]:
+        """Do these together. An Observation that may not go, since others refer to it, says that it is wrong."""
+        if addresses:
+            writes = [
+                replace(one, resource=one.resource and resources.pointing(one.resource, addresses)) for one in writes
+            ]
+        self._ledger.guard()
+        try:
+            try:
+                done = await self._fhir.write(writes)
+            except errors.Conflict:
+                ids = {write.id for write in writes if write.resource is None}
+                leaving = [one for one in observed if one.id in ids]
+                if not leaving or held is None or await self._changed(held, leaving):
+                    raise
+                writes = [write for write in writes if write.resource is not None] + [*map(plan.erroneous, leaving)]
+                self._ledger.guard()
+                done = await self._fhir.write(writes)
+        except errors.Error as failure:
+            failure.partial = failure.partial or bool(addresses)
+            raise
+        return [(write, one) for write, one in zip(writes, done, strict=True) if one is not None]
 
     def parked(self, change: StudyChange, row: store.Study | None) -> store.Study:
         """The row of a study that could not be brought into FHIR: what is there stays known."""
@@ -324,6 +343,7 @@ class Roads:
             last_sequence=row.last_sequence if row else 0,
             mapping_digest=self._rules.digest,
             synced_at=self._clock.now(),
+            filled=row.filled if row else "",
         )
         return _advanced(fresh, change)
 
@@ -340,6 +360,16 @@ class Roads:
         """Drop what is remembered of a study."""
         _, content = self._written.pop(study_uid, (None, b""))
         self._written_bytes -= len(content)
+
+
+def _parts(together: list[Write], more: list[Write]) -> Iterator[list[Write]]:
+    """Transactions that services take (Azure: at most 500 entries): what belongs together, and `more` after it."""
+    if len(together) + len(more) <= _AT_ONCE:
+        together, more = [*together, *more], []
+    if together:
+        yield together
+    for at in range(0, len(more), _AT_ONCE):
+        yield more[at : at + _AT_ONCE]
 
 
 def _advanced(row: store.Study, change: StudyChange) -> store.Study:

@@ -1,4 +1,4 @@
-"""Whether the elements of a study that we only fill are still as we filled them."""
+"""Which elements of a study that we only fill are as we filled them; none of those that are there already."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,9 +12,9 @@ def upgrade() -> None:
         "study",
         sa.Column(
             "filled",
-            sa.Boolean,
+            sa.Text,
             nullable=False,
-            server_default=sa.true(),
-            comment="elements of owner `fill` are ours: nobody else has set them",
+            server_default="",
+            comment="elements of owner `fill` that nobody else has set, by name",
         ),
     )
