@@ -62,6 +62,7 @@ def rules(options: settings.Settings) -> mapping.Mapping:
         body_parts=options.mapping.body_parts,
         dicom_url=options.dicom_identity,
         endpoint_address=options.dicom.public_url or options.dicom_root,
+        endpoint_name=options.dicom.endpoint_name,
     )
     return mapping.load([*options.mapping.modules, *options.mapping.overlays], context)
 

@@ -21,6 +21,15 @@ def plain(number: float) -> int | Decimal:
     return int(number) if number == int(number) else Decimal(format(decimal.Decimal(repr(number)), "f"))
 
 
+def exact(value: Json) -> Json:
+    """The same JSON value with its floats as decimals."""
+    if isinstance(value, dict):
+        return {name: exact(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [exact(one) for one in value]
+    return plain(value) if isinstance(value, float) else value
+
+
 def loads(content: bytes | str) -> Json:
     """Parse JSON without touching a decimal. Raises `ValueError`."""
     return json.loads(content, parse_float=Decimal, parse_int=_integer)

@@ -111,6 +111,7 @@ class Dicom(_Service):
     public_url: BaseUrl | None = Field(
         None, description="address written into Endpoint; default: url with its version segment"
     )
+    endpoint_name: str | None = Field(None, description="name of the Endpoint")
     version: Literal["auto", "v1", "v2"] = Field(
         "auto", description="API version of metadata, searches and Endpoint; auto is v1, which always serves the feed"
     )

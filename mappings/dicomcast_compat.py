@@ -21,8 +21,8 @@ RULES = (
     Rule(
         "study.note",
         "study",
-        Slice("note", by="text", keys=("text",)),
-        sources=("StudyDescription | annotation",),
+        Slice("note", where={"authorString": "StudyDescription"}, at="text"),
+        sources=("StudyDescription",),
     ),
     Rule(
         "instance.sop_class",

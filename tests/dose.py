@@ -274,7 +274,7 @@ def _spiral(event: str | None, at: int, mean: str, product: str) -> Dataset:
         _code("CONTAINS", "123014", "416775004"),
         _code("CONTAINS", "113820", "116152004"),
         *([_uid("CONTAINS", "113769", event)] if event else []),
-        _moment("111526", f"10{16 + at}00"),
+        _moment("111526", f"10{16 + at % 40}00"),
         _container(
             "113822",
             _number("113824", "12.4", "s"),
@@ -315,7 +315,7 @@ def _exposure(event: str | None, plane: str, at: int) -> Dataset:
         "113706",
         _code("HAS CONCEPT MOD", "113764", _PLANES[plane]),
         *([_uid("CONTAINS", "113769", event)] if event else []),
-        _moment("111526", f"10{16 + at}30"),
+        _moment("111526", f"10{16 + at % 40}30"),
         _code("CONTAINS", "113721", "44491008" if fluoroscopy else "113611"),
         _text("125203", "Fluoro low" if fluoroscopy else "Coronary 15 fps"),
         _code("CONTAINS", "123014", "80891009"),

@@ -218,3 +218,21 @@ def test_a_spoilt_report_is_read_as_far_as_it_goes(which: int, data: st.DataObje
             continue  # what was spoilt before is not there any more
     with contextlib.suppress(errors.InstanceFailed):
         observed(report)
+
+
+@pytest.mark.parametrize(
+    ("code", "unit", "value"),
+    [("113813", "mGy  cm", "507.07"), ("113812", "{events}", "99999999999"), ("113813", "mGy.cm", "1e25")],
+)
+def test_an_odd_value_costs_no_more_than_itself(code: str, unit: str, value: str) -> None:
+    report = dose.set_unit(dose.set_number(dose.ct(STUDY, sop=SOP), code, value), code, unit)
+    found = observed(report)
+    assert (len(named(found, "ct_event")), len(named(found, "dose_summary"))) == (2, 1)
+    assert MAPPING.read(json_of(report)).resource["uid"] == SOP
+
+
+def test_an_odd_item_costs_no_other_report() -> None:
+    data = json_of(dose.ct(STUDY, sop=SOP))
+    odd_item = {"0040A043": {"Value": [{"00080100": {"Value": [7]}, "00080102": {"Value": ["DCM"]}}]}}
+    data["0040A730"]["Value"].insert(0, odd_item)
+    assert [one.name for one in observed(data)] == ["dose_summary", "ct_event", "ct_event"]

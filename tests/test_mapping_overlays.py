@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_mapping_rules import CONTEXT, LINKS, SHIPPED, image, item
 
-from dicomcast import errors, mapping
+from dicomcast import decimals, errors, mapping
 
 Json = Any
 WARD = "https://hospital.example/fhir/ward"
@@ -422,3 +422,110 @@ def test_numbers_in_a_condition_need_no_quotes(overlay: Callable[[str], str]) ->
     m = load(path)
     shown = [study(m, image(StudyID="S7", SeriesNumber=number))["series"][0] for number in (3, 4)]
     assert ["extension" in one for one in shown] == [True, False]
+
+
+def test_what_a_site_says_of_a_value_never_repeats_it(overlay: Callable[..., str]) -> None:
+    path = overlay(
+        """
+from dicomcast.mapping import Invalid, Rule
+
+def telling(text, context):
+    raise Invalid(f"bad value {text}")
+
+RULES = (Rule("study.description", "study", "description", sources=("StudyDescription",), steps=(telling,)),)
+""",
+        "site.py",
+    )
+    (issue,) = load(path).read(image(StudyDescription="Secret")).issues
+    assert issue.reason == "refused by step dicomcast_site_site:telling"
+
+
+def test_the_digest_knows_what_a_step_leans_on(overlay: Callable[..., str]) -> None:
+    text = """
+from dicomcast.mapping import Rule
+
+WARDS = {"a": "ward %s"}
+
+def ward(text, context):
+    return WARDS.get(text)
+
+RULES = (Rule("study.description", "study", "description", sources=("StudyDescription",), steps=(ward,)),)
+"""
+    one, other = (load(overlay(text % number, f"site{number}.py")) for number in (1, 2))
+    assert one.digest != other.digest
+    assert one.digest == load(overlay(text % 1, "site1.py")).digest
+
+
+def test_decimals_of_a_site_are_written_as_a_server_gives_them_back(overlay: Callable[..., str]) -> None:
+    path = overlay(
+        """
+from dicomcast.mapping import Rule, Slice
+
+def half(number, context):
+    return float(number) / 2
+
+URL = "urn:x:half"
+RULES = (
+    Rule("x", "series", Slice("extension", where={"url": URL}, at="valueDecimal"), sources=("KVP",), steps=(half,)),
+    Rule("y", "study", Slice("extension", where={"url": URL}, at="valueDecimal"), constant=1.5),
+)
+""",
+        "site.py",
+    )
+    shown = study(load(path), image(KVP=2.5))
+    text = decimals.dumps(shown)
+    assert b'"valueDecimal":1.25' in text
+    assert b'"valueDecimal":1.5' in text
+    assert load(path).merge(decimals.loads(text), shown) == decimals.loads(text)
+
+
+def test_instances_of_one_content_stay_with_their_studies(overlay: Callable[[str], str]) -> None:
+    path = overlay(
+        "rules:\n  - {id: study.uid, level: study, target: {element: identifier, where: {system: 'urn:x:y'}},"
+        " source: 'PatientID | identifier(\"urn:x:y\")', required: true}\n"
+    )
+    m = load(path)
+    uids = [m.read(image(StudyInstanceUID=uid)).study_uid for uid in ("1.2", "1.7")]
+    assert uids == ["1.2", "1.7"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ('Rule("x", "study", "location", sources=("StudyID | display",), when={"Modality": "ACTION"})',
+         "needs a tuple"),
+        ('Rule("x", "study", "location", sources=("StudyID | display",), when={"Modality, StudyID": ("CT",)})',
+         "about one attribute"),
+        ('Rule("x", "study", "location", sources=("StudyID | display",), when={"Modality": ("CT",)}, required=True)',
+         "has no condition"),
+        ('Rule("x", "study", Slice("note", where={"authorString": "x"}, at="text"), constant="y", owner="once")',
+         "owner once is for whole elements"),
+        ('Rule("x", "study", "started", constant=__import__("datetime").date(2020, 1, 1))', "constant is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_a_module_gets_wrong_is_told_too(overlay: Callable[..., str], rule: str, problem: str) -> None:
+    path = overlay(f"from dicomcast.mapping import Rule, Slice\n\nRULES = ({rule},)\n", "site.py")
+    assert any(problem in one and one.startswith(f"{path}:3: rule x: ") for one in problems(path)), problems(path)
+
+
+def test_a_report_says_who_and_what_it_is_about(overlay: Callable[..., str]) -> None:
+    path = overlay(
+        "from dicomcast.mapping import Report\n\nRULES = ()\n"
+        'REPORTS = (Report("x", titles=("113701",)), Report("y", "113701"))\n',
+        "site.py",
+    )
+    found = problems(path)
+    assert "report x: no rule has the link identifier, study, subject" in found
+    assert "report x: no rule for code, status" in found
+    assert "report y: titles and items must be tuples" in found
+
+
+def test_private_blocks_that_are_spoilt_hide_no_other(overlay: Callable[[str], str]) -> None:
+    m = load(
+        overlay(
+            "rules:\n  - {id: study.description, level: study, target: description,"
+            " source: 'private(\"ACME\", 0029, 10)'}\n"
+        )
+    )
+    spoilt = {"00290010": {"vr": "LO", "Value": [7]}, "00290011": {"vr": "LO"}, "00290012": {"Value": "ACME"}}
+    assert study(m, {**image(), **spoilt, **private("ACME", "13", "found")})["description"] == "found"

@@ -1,5 +1,6 @@
 """Dose reports: their Observations come, follow, and go with them, on every FHIR service."""
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -171,21 +172,91 @@ def test_observations_follow_the_study_to_another_patient(hospital: Hospital) ->
     assert study["subject"]["reference"] == f"Patient/{hospital.patients('OTHER-7')[0]['id']}"
 
 
+@contextlib.contextmanager
+def another(tmp_path: object, **options: Json) -> Iterator[Hospital]:
+    """A hospital with another kind of FHIR server."""
+    with services.start(fhir_options=fhir.Options(**options)) as sandbox:
+        one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
+        one.flags["mapping"] = {"modules": MODULES}
+        yield one
+        one.close()
+
+
+def refer_to(hospital: Hospital, summary: Json) -> None:
+    """Somebody concludes something from a summary."""
+    theirs = {"resourceType": "Observation", "status": "final", "code": {"text": "of theirs"}}
+    hospital.post({**theirs, "derivedFrom": [{"reference": f"Observation/{summary['id']}"}]})
+
+
 def test_where_a_study_may_not_go_its_observations_still_do(tmp_path: object) -> None:
-    with services.start(fhir_options=fhir.Options(references=True)) as sandbox:
-        hospital = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-        hospital.flags["mapping"] = {"modules": MODULES}
+    with another(tmp_path, references=True) as hospital:
         images, report = with_report()
         hospital.send(*images, report)
         hospital.sync()
-        found = observations(hospital, uid(report))
-        (summary,) = ours(found, report)
-        theirs = {"resourceType": "Observation", "status": "final", "code": {"text": "of theirs"}}
-        hospital.post({**theirs, "derivedFrom": [{"reference": f"Observation/{summary['id']}"}]})
+        refer_to(hospital, *ours(observations(hospital, uid(report)), report))
 
         hospital.modality.delete(uid(report))
         hospital.sync()
 
         assert hospital.study(uid(report))["status"] == "cancelled"
         assert {one["status"] for one in observations(hospital, uid(report))} == {"entered-in-error"}
-        hospital.close()
+
+
+def test_a_summary_that_others_refer_to_does_not_hold_its_study(tmp_path: object) -> None:
+    with another(tmp_path, references=True) as hospital:
+        images, report = with_report()
+        hospital.send(*images, report)
+        hospital.sync()
+        refer_to(hospital, *ours(observations(hospital, uid(report)), report))
+
+        hospital.modality.delete(uid(report), report.SeriesInstanceUID, report.SOPInstanceUID)
+        assert hospital.sync() == {"updated": 1}
+
+        assert hospital.study(uid(report))["numberOfInstances"] == 2
+        left = observations(hospital, uid(report))
+        assert {one["status"] for one in left} == {"entered-in-error"}
+        hospital.modality.correct([uid(report)], {"StudyDescription": "looked at again"})
+        hospital.sync()
+        assert versions(observations(hospital, uid(report))) == versions(left)
+
+
+def test_a_server_that_can_not_search_by_part_loses_nothing_of_other_studies(tmp_path: object) -> None:
+    with another(tmp_path, unknown=("part-of",)) as hospital:
+        pairs = [with_report() for _ in range(2)]
+        for images, report in pairs:
+            hospital.send(*images, report)
+            hospital.sync()
+        hospital.modality.correct([uid(pairs[0][1])], {"StudyDescription": "second look"})
+        hospital.sync()
+        assert len(hospital.search("Observation")) == 6
+        hospital.modality.delete(uid(pairs[0][1]))
+        hospital.sync()
+        study = hospital.study(uid(pairs[1][1]))
+        parts = {one["partOf"][0]["reference"] for one in hospital.search("Observation")}
+        assert parts == {f"ImagingStudy/{study['id']}"}
+
+
+@pytest.mark.parametrize("client_ids", [True, False], ids=["client ids", "server ids"])
+def test_more_events_than_one_transaction_takes(tmp_path: object, client_ids: bool) -> None:
+    with another(tmp_path, entry_limit=110, client_ids=client_ids) as hospital:
+        images = a_study(instances=1)
+        study = uid(images[0])
+        report = dose.ct(study, sop=f"{study}.77", events=[f"{study}.88.{n}" for n in range(120)])
+        hospital.send(*images, report)
+        assert hospital.sync() == {"created": 1}
+        before = observations(hospital, study)
+        assert len(before) == 121
+        hospital.database = f"sqlite:///{tmp_path}/another.db"
+        assert hospital.sync() == {"unchanged": 1}
+        assert versions(observations(hospital, study)) == versions(before)
+        hospital.modality.delete(study)
+        assert hospital.sync() == {"deleted": 1}
+        assert hospital.search("Observation") == []
+
+
+def test_a_number_that_is_out_of_all_bounds_holds_nothing_else(hospital: Hospital) -> None:
+    images, report = with_report()
+    hospital.send(*images, dose.set_number(report, "113813", "1e25"))
+    assert hospital.sync() == {"created": 1}
+    (summary,) = ours(observations(hospital, uid(report)), report)
+    assert [one["code"]["coding"][0]["code"] for one in summary["component"]] == ["113812"]

@@ -116,6 +116,56 @@ def test_what_we_fill_is_ours_again_when_others_have_set_the_same(hospital: Hosp
     assert (shown["referrer"]["display"], shown["note"]) == ("Richard Roe", [{"text": "seen"}])
 
 
+def test_what_we_fill_grows_where_nobody_put_anything_else(local: Hospital) -> None:
+    """A list that holds nothing but what we want is ours, whoever wrote the resource last."""
+    study = a_study(instances=4)
+    for number, one in enumerate(study):
+        one.OperatorsName = f"Op{number}^X"
+    local.send(*study[:2])
+    local.sync()
+    local.put({**local.study(uid(study[0])), "note": [{"text": "seen"}]})
+    local.send(*study[2:])
+    local.sync()
+    (series,) = local.study(uid(study[0]))["series"]
+    assert sorted(one["actor"]["display"] for one in series["performer"]) == [f"X Op{number}" for number in range(4)]
+
+
+def test_a_study_that_comes_back_finds_what_others_set(local: Hospital) -> None:
+    study = a_study(instances=2, ReferringPhysicianName="Doe^Jane")
+    local.send(*study)
+    local.sync()
+    theirs = {"display": "Dr. Gregory House"}
+    local.put({**local.study(uid(study[0])), "referrer": theirs, "note": [{"text": "keep it"}]})
+    local.modality.correct([uid(study[0])], {"StudyDescription": "touched"})
+    local.sync()
+    local.modality.delete(uid(study[0]))
+    local.sync()
+    assert local.study(uid(study[0]))["status"] == "cancelled"
+    local.send(*study)
+    local.sync()
+    shown = local.study(uid(study[0]))
+    assert (shown["referrer"], shown["status"]) == (theirs, "available")
+
+
+def test_one_element_that_others_set_leaves_the_rest_to_us(local: Hospital) -> None:
+    study = a_study(instances=2, ReferringPhysicianName="Doe^Jane", BodyPartExamined="CHEST")
+    local.send(*study)
+    local.sync()
+    theirs = {"display": "Dr. Gregory House"}
+    local.put({**local.study(uid(study[0])), "referrer": theirs})
+    local.modality.correct([uid(study[0])], {"StudyDescription": "touched"})
+    local.sync()
+
+    for one in study:
+        one.BodyPartExamined = "HEAD"
+    local.modality.resend(study, replace=True)
+    local.sync()
+
+    shown = local.study(uid(study[0]))
+    assert shown["referrer"] == theirs
+    assert shown["series"][0]["bodySite"]["display"] == "Head"
+
+
 def test_a_foreign_decimal_survives_to_the_letter(local: Hospital) -> None:
     study = a_study(instances=2)
     local.send(study[0])

@@ -76,10 +76,11 @@ class DataSet(Mapping[str, Json]):
     Most attributes of an instance are read by nobody, and most of the others say what the last instance said.
     """
 
-    __slots__ = ("_elements",)
+    __slots__ = ("_elements", "_parsed")
 
     def __init__(self, elements: dict[str, Json]):
         self._elements = elements
+        self._parsed: dict[str, Json] = {}
 
     @classmethod
     def of(cls, dataset: Json) -> "DataSet":
@@ -106,13 +107,15 @@ class DataSet(Mapping[str, Json]):
 
     def __getitem__(self, tag: str) -> Json:
         """The element under a tag. Raises `Invalid` for text that is not JSON after all."""
-        found = self._elements[tag]
-        if not isinstance(found, msgspec.Raw):
-            return found
-        try:
-            return orjson.loads(memoryview(found))
-        except ValueError:
-            raise Invalid("control character or broken text") from None
+        found = self._parsed.get(tag)
+        if found is None:
+            found = self._elements[tag]
+            if isinstance(found, msgspec.Raw):
+                try:
+                    found = self._parsed[tag] = orjson.loads(memoryview(found))
+                except ValueError:
+                    raise Invalid("control character or broken text") from None
+        return found
 
     def get(self, tag: str, default: Json = None) -> Json:
         """As of a dict; most tags that are asked for are not there."""
@@ -372,7 +375,7 @@ def anything(element: Json) -> Json:
 
 
 def number(element: Json) -> int | Decimal | None:
-    """A number (DS, FL, FD), as a JSON number or as text; without an exponent."""
+    """A number (DS, FL, FD) up to 15 digits before and after the point, as a JSON number or as text; no exponent."""
     value = first(element)
     if isinstance(value, str):
         digits = _clean(value)
@@ -381,11 +384,13 @@ def number(element: Json) -> int | Decimal | None:
         if not _NUMBER.fullmatch(digits):
             raise Invalid("not a number")
         value = float(digits)
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return plain(value)
-    raise Invalid("not a number")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Invalid("not a number")
+    if not (value == 0 or 1e-15 <= abs(value) < 1e15):
+        raise Invalid("out of range")
+    return plain(value)
 
 
 Reader: TypeAlias = Callable[[Json], Json]

@@ -1,9 +1,8 @@
 """What is wrong with a rule, found at start: names, arguments, types and cardinality, before any data set is read."""
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator
-
-import orjson
 
 from dicomcast.dicom import values
 from dicomcast.dicom.values import Json
@@ -34,8 +33,15 @@ def problems(rule: Rule, reports: dict[str, Report]) -> Iterator[str]:
         yield f"rule {rule.id}: {problem}"
 
 
-def of_report(report: Report) -> Iterator[str]:
-    """What is wrong with a kind of report."""
+def of_report(report: Report, table: Iterable[Rule]) -> Iterator[str]:
+    """What is wrong with a kind of report, whose rules are in the table."""
+    if not isinstance(report.titles, tuple) or not isinstance(report.items, tuple):
+        yield f"report {report.name}: titles and items must be tuples"
+    own = [rule for rule in table if rule.report == report.name]
+    if lacking := {"identifier", "subject", "study"} - {rule.link for rule in own if rule.link}:
+        yield f"report {report.name}: no rule has the link {', '.join(sorted(lacking))}"
+    if lacking := {"status", "code"} - {rule.element for rule in own}:
+        yield f"report {report.name}: no rule for {', '.join(sorted(lacking))}"
     if report.key is not None:
         for problem in _of_source(report.key):
             yield f"report {report.name}: {problem}"
@@ -65,11 +71,12 @@ def _of_origin(rule: Rule) -> Iterator[str]:
     if sum(origin is not None for origin in origins) != 1:
         yield "needs exactly one of sources, constant, setting, derive, link"
     try:
-        orjson.dumps(rule.constant)
+        json.dumps(rule.constant)
     except TypeError:
-        yield "constant is not JSON"
+        yield "constant is not JSON; a date in YAML needs quotes"
     for text in (*rule.sources, *rule.when):
         yield from _of_source(text)
+    yield from _of_condition(rule)
     for step in (*rule.steps, rule.derive, rule.default):
         if isinstance(step, str):
             yield from _of_step(step)
@@ -81,6 +88,20 @@ def _of_origin(rule: Rule) -> Iterator[str]:
         yield f"unknown setting {rule.setting}"
     if rule.link is not None and rule.link not in rules.LINKS.get(rule.level, ()):
         yield f"{rule.level} has no link {rule.link}"
+
+
+def _of_condition(rule: Rule) -> Iterator[str]:
+    for text, texts in rule.when.items():
+        if not isinstance(texts, tuple) or not all(isinstance(one, str) for one in texts):
+            yield f"when {text}: needs a tuple of texts"
+        try:
+            source = notation.parse(text)
+        except notation.Unreadable:
+            continue  # said already
+        if len(source.paths) > 1 or source.steps:
+            yield f"when {text}: is about one attribute, without steps"
+    if rule.when and rule.required:
+        yield "what is required of every instance has no condition"
 
 
 def _of_source(text: str) -> Iterator[str]:
@@ -141,6 +162,8 @@ def _of_place(rule: Rule, reports: dict[str, Report]) -> Iterator[str]:
         yield f"policy union needs a list, and {rule.element} is one element"
     elif isinstance(target, Slice):
         yield from _of_slice(rule.place, target)
+        if rule.owner == "once":
+            yield "owner once is for whole elements"
     if rule.constant is not None and (reason := validation.misfit(rule.place, rule.element, _constant(rule))):
         yield f"its constant does not fit {rule.element}: {reason}"
 

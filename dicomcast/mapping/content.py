@@ -37,9 +37,11 @@ def within(elements: Elements, codes: tuple[str, ...]) -> list[dict[str, Json]]:
 
 def named(elements: Elements, codes: tuple[str, ...], scheme: str = "DCM") -> bool:
     """Whether the concept name is one of these codes."""
-    name = values.item(elements.get(_NAME)) or {}
-    code, found = values.text(name.get("00080100")), values.text(name.get("00080102"))
-    found = (found or "").upper()
+    try:
+        name = values.item(elements.get(_NAME)) or {}
+        code, found = values.text(name.get("00080100")), (values.text(name.get("00080102")) or "").upper()
+    except values.Invalid:
+        return False
     if scheme == "SCT" and found in concepts.LEGACY and code is not None:
         code, found = tables.snomed(code), scheme
     return found == scheme and code in codes
@@ -121,8 +123,8 @@ def _measured(measured: dict[str, Json]) -> Json:
     code, scheme = values.text(unit.get("00080100")), values.text(unit.get("00080102"))
     if number is None:
         return None
-    if isinstance(number, int) and code is not None and (code == "1" or code.startswith("{")):
+    if isinstance(number, int) and abs(number) < 2**31 and code is not None and (code == "1" or code.startswith("{")):
         return {"valueInteger": number}
     name = code or values.text(unit.get("00080104"))
-    coded = {"system": tables.UCUM, "code": code} if scheme == "UCUM" and code else {}
+    coded = {"system": tables.UCUM, "code": code} if scheme == "UCUM" and code and " " not in code else {}
     return {"valueQuantity": {"value": number} | ({"unit": name} if name else {}) | coded}

@@ -24,6 +24,7 @@ PATIENT = "patient.identifier"  # the rule that says who a patient is
 
 _UIDS = {"study": "0020000D", "series": "0020000E", "instance": "00080018"}
 _CONCEPT = "0040A043"
+_BLOCKS = [f"{block:02X}" for block in range(0x10, 0x100)]  # of private elements
 # So much is remembered per level: sets of tags, texts for each, and bytes of a text.
 _SHAPES, _REMEMBERED, _LONGEST = 4, 64, 16_384
 # What R4 requires around the values of one level, so that they can be judged alone.
@@ -247,9 +248,10 @@ def _finder(part: notation.Part) -> Callable[[Elements], Json]:
 
 def _private(elements: Elements, creator: str, tag: str) -> Json:
     """The element of a private block (PS3.5 7.8.1): where `(gggg,00bb)` holds the creator, it is `(gggg,bbee)`."""
-    for reserved in sorted(elements):
-        if reserved[:6] == f"{tag[:4]}00" and values.text(elements.get(reserved)) == creator:
-            return elements.get(f"{tag[:4]}{reserved[6:]}{tag[6:]}")
+    for block in _BLOCKS:
+        reserved = elements.get(f"{tag[:4]}00{block}")
+        if isinstance(reserved, dict) and str(next(iter(reserved.get("Value") or ()), "")).strip() == creator:
+            return elements.get(f"{tag[:4]}{block}{tag[6:]}")
     return None
 
 
@@ -259,16 +261,13 @@ class _Touched(Mapping[str, Json]):
     def __init__(self, dataset: DataSet):
         self._dataset = dataset
         self.tags: dict[str, None] = {}
-        self.by_tag = True
-        """False once somebody has looked what there is (private blocks)."""
 
     def __getitem__(self, tag: str) -> Json:
         self.tags[tag] = None
         return self._dataset[tag]
 
     def __iter__(self) -> Iterator[str]:
-        self.by_tag = False
-        return iter(self._dataset)
+        raise TypeError("what is read must be asked for by tag")
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -294,7 +293,7 @@ class Readings:
         ]
         self._fixed = {place: steps.fixed(owned, context) for place, owned in layout.rules.items()}
         self._memory: dict[str, _Memory] = {level: {} for level in ("patient", "study", "series")}
-        self._known: WeakValueDictionary[tuple[str, bytes], Values] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[str, object, bytes], Values] = WeakValueDictionary()
 
     def read(self, dataset: Json) -> Instance:
         """One DICOM JSON data set, mapped. Raises `errors.InstanceFailed` if it can't be, whatever it is."""
@@ -359,7 +358,7 @@ class Readings:
         items = self._items(level, touched, issues)
         found = self._interned(level, uid or _who(items), items), tuple(issues)
         tags = tuple(touched.tags)
-        text = dataset.text(tags) if touched.by_tag else None
+        text = dataset.text(tags)
         if text is not None and len(text) < _LONGEST:
             if len(memory) > _SHAPES:
                 memory.clear()
@@ -374,10 +373,10 @@ class Readings:
             key = orjson.dumps(items, option=orjson.OPT_SORT_KEYS)
         except TypeError:
             _fail("invalid", "a rule made something that is not JSON", stage="validate", rule=next(iter(items)))
-        known = self._known.get((level, key))
+        known = self._known.get((level, about, key))
         if known is None:
             self._validate(level, {**_STUBS[level], **self._layout.write(level, {}, items)})
-            known = self._known.setdefault((level, key), Values(key, about, items))
+            known = self._known.setdefault((level, about, key), Values(key, about, items))
         return known
 
     def _items(
@@ -402,15 +401,15 @@ class Readings:
             for index, item in enumerate(contents):
                 try:
                     items = self._items(place, dataset, issues, item)
-                except errors.InstanceFailed as lacking:
-                    rule, tag = lacking.rule or place, lacking.tag or ""
-                    issues.append(Issue(rule, tag, "", "missing, the report is left out"))
+                    content = self._layout.write(place, {}, items | self._fixed[place])
+                    self._validate(place, {"resourceType": "Observation", **content})
+                except errors.InstanceFailed as failed:
+                    reason = f"the report is left out: {failed.kind}"
+                    issues.append(Issue(failed.rule or place, failed.tag or "", "", reason))
                     continue
                 found = key_of(item, []) if key_of is not None else None
                 key = "" if not definition.items else str(index if found is None else found)
                 keys[key] = keys.get(key, 0) + 1
-                content = self._layout.write(place, {}, items | self._fixed[place])
-                self._validate(place, {"resourceType": "Observation", **content})
                 yield Reported(definition.name, key if keys[key] == 1 else f"{key} {keys[key]}", items)
 
     def _validate(self, place: str, content: dict[str, Json]) -> None:
@@ -452,8 +451,18 @@ def _stepped(step: tuple[str, Step], value: Json, context: Context, issues: list
     try:
         return function(value, context)
     except values.Invalid as error:
-        issues.append(replace(blank, reason=error.reason))
+        reason = error.reason if not _tells(error.reason, value) else f"refused by step {name}"
+        issues.append(replace(blank, reason=reason))
         return error.kept
     except Exception as error:  # a site's own step; its text may repeat the value
         issues.append(replace(blank, reason=f"step {name} raised {type(error).__name__}"))
         return None
+
+
+def _tells(reason: str, value: Json) -> bool:
+    """Whether a reason repeats what it is about, against the rule that none does."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(_tells(reason, one) for one in value)
+    return value is not None and len(str(value)) > 1 and str(value) in reason

@@ -152,7 +152,8 @@ def _all_ours(owners: list[Rule], value: Json) -> bool:
         if owner is None:
             return False
         counts[owner.id] += 1
-    return all(counts[rule.id] <= rule.target.most for rule in owners if isinstance(rule.target, Slice))
+    bounded = (rule for rule in owners if rule.policy != "union" and isinstance(rule.target, Slice))
+    return all(counts[rule.id] <= rule.target.most for rule in bounded)  # type: ignore[union-attr]
 
 
 def _part_of(old: Json, wanted: list[Json]) -> bool:

@@ -67,7 +67,7 @@ class Draft:
         """What could not be loaded, and what is wrong with what was."""
         yield from self._unloaded
         for report in self.reports.values():
-            yield from checking.of_report(report)
+            yield from checking.of_report(report, self.rules.values())
         for rule in self.rules.values():
             for problem in checking.problems(rule, self.reports):
                 yield f"{self.places[rule.id]}: {problem}"
@@ -185,7 +185,8 @@ def _from_file(name: str) -> ModuleType:
 def _is(missing: FileNotFoundError | ModuleNotFoundError, name: str) -> bool:
     """Whether the module itself is what was not found, or something that it asked for."""
     if isinstance(missing, ModuleNotFoundError):
-        return missing.name is not None and (f"{SHIPPED}.{name}" if "." not in name else name).startswith(missing.name)
+        path = name if "." in name else f"{SHIPPED}.{name}"
+        return missing.name is not None and f"{path}.".startswith(f"{missing.name}.")
     return bool(missing.filename == str(Path(name).resolve()) or missing.filename == name)
 
 
@@ -310,7 +311,13 @@ def _digest(table: Iterable[Rule], kinds: Iterable[Report], context: Context) ->
 
 @functools.cache
 def _source(step: rules.Step) -> str:
+    """The text of the module that a step is from: its helpers and tables count as well. Of a partial, its arguments."""
+    arguments = ""
+    while isinstance(step, functools.partial):
+        arguments += repr((step.args, sorted(step.keywords.items())))
+        step = step.func
+    module = inspect.getmodule(step)
     try:
-        return inspect.getsource(step)
+        return (inspect.getsource(module) if module is not None else "") + arguments
     except (OSError, TypeError):
-        return ""
+        return arguments

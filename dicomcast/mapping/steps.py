@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from dicomcast.decimals import Decimal
+from dicomcast.decimals import Decimal, exact
 from dicomcast.dicom import values
 from dicomcast.dicom.values import Json
 from dicomcast.mapping import concepts, content, identifiers, notation, requests, tables, times
@@ -260,7 +260,8 @@ STEPS = {function.__name__: Registered(function, *kinds.split()) for function, k
 def resolve(step: str | notation.Call | Step) -> Step:
     """The function of a step: registered under that name, with its arguments, or given as it is."""
     if callable(step):
-        return step
+        own = step
+        return lambda value, context: exact(own(value, context))
     call = notation.call(step) if isinstance(step, str) else step
     function = STEPS[call.name].function
     return (lambda value, context: function(value, context, *call.arguments)) if call.arguments else function
@@ -270,7 +271,7 @@ def fixed(table: Iterable[Rule], context: Context) -> dict[str, Json]:
     """The values of those rules that say the same for every instance (constants and settings), by rule id."""
     given = {}
     for rule in table:
-        value = rule.constant if rule.setting is None else getattr(context, rule.setting)
+        value = exact(rule.constant) if rule.setting is None else getattr(context, rule.setting)
         for step in () if value is None or rule.setting is None else rule.steps:
             value = resolve(step)(value, context)
         if value is not None:

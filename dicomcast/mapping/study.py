@@ -249,6 +249,9 @@ def _folded(rule: Rule, prior: Json, votes: list[_Vote]) -> Json:
     """The value after `votes`, from what was so far: only where that is what all instances together would give."""
     if not votes:
         return prior
+    if prior and isinstance(rule.target, Slice) and rule.policy == "union":
+        new = [item for vote in votes for item in vote.value]
+        prior = [item for item in prior if not any(rule.target.alike(item, one) for one in new)] or None
     if rule.policy in ("earliest", "union"):
         return _POLICIES[rule.policy]([*votes, _Vote(prior, 1)] if prior else votes).value
     value = votes[0].value

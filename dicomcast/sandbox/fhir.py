@@ -62,6 +62,7 @@ class Options:
     transaction: bool = True
     entry_limit: int = 500  # entries of a bundle, as on Azure
     references: bool = False  # True refuses references to what is not there, and deletes of what is referred to
+    unknown: tuple[str, ...] = ()  # search parameters that are silently ignored, as lenient servers do
     page_size: int = 20
     page_most: int = 1000
     total: bool = True  # False leaves Bundle.total out
@@ -435,7 +436,7 @@ class _Service:
         count = controls.get("_count", str(self.options.page_size))
         if not re.fullmatch(r"\d{1,6}", count, re.ASCII):
             raise resources.Invalid("invalid", "_count must be a number", status=400)
-        wanted = [pair for pair in query if pair[0] not in _CONTROLS]
+        wanted = [pair for pair in query if pair[0] not in _CONTROLS and pair[0] not in self.options.unknown]
         names = self._matches(kind, wanted, order=_SORTS[sort] if sort else "key")
         size = min(int(count), self.options.page_most)
         if size == 0 or controls.get("_summary") == "count":
