@@ -174,7 +174,7 @@ def test_schema_that_is_behind_is_refused_with_the_verb_that_mends_it(
     open_store: Callable[[], store.Store], state: store.Store, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The only revision is the newest yet: a later one is put behind it, on disk, as a release would.
-    later = "revision = 'zzzz'\ndown_revision = '0002'\n\ndef upgrade():\n    pass\n"
+    later = "revision = 'zzzz'\ndown_revision = '0001'\n\ndef upgrade():\n    pass\n"
     scripts = Path("scripts")
     (scripts / "versions").mkdir(parents=True)
     original = Path(str(schema.__file__)).with_name("migrations")
@@ -185,8 +185,8 @@ def test_schema_that_is_behind_is_refused_with_the_verb_that_mends_it(
 
     with pytest.raises(errors.Incompatible, match="dicomcast db upgrade"):
         open_store()
-    assert state.revision() == ("0002", "zzzz")
-    assert state.upgrade() == ("0002", "zzzz")
+    assert state.revision() == ("0001", "zzzz")
+    assert state.upgrade() == ("0001", "zzzz")
     open_store()
 
 

@@ -130,6 +130,25 @@ def test_what_we_fill_grows_where_nobody_put_anything_else(local: Hospital) -> N
     assert sorted(one["actor"]["display"] for one in series["performer"]) == [f"X Op{number}" for number in range(4)]
 
 
+def test_what_we_fill_follows_dicom_also_when_the_database_is_lost(hospital: Hospital, tmp_path: Path) -> None:
+    study = a_study(instances=2, ReferringPhysicianName="Doe^Jane", BodyPartExamined="CHEST")
+    hospital.send(*study)
+    hospital.sync()
+    for number, name in enumerate(("Roe^Richard", "Poe^Edgar")):
+        hospital.database = f"sqlite:///{tmp_path}/lost-{number}.db"
+        hospital.modality.correct([uid(study[0])], {"ReferringPhysicianName": name})
+        hospital.sync()
+        hospital.check(uid(study[0]))
+    theirs = {"display": "Dr. Gregory House"}
+    hospital.put({**hospital.study(uid(study[0])), "referrer": theirs})
+    hospital.database = f"sqlite:///{tmp_path}/lost-again.db"
+    hospital.modality.correct([uid(study[0])], {"ReferringPhysicianName": "Moe^Max", "StudyDescription": "again"})
+    hospital.sync()
+    shown = hospital.study(uid(study[0]))
+    assert (shown["referrer"], shown["description"]) == (theirs, "again")
+    assert shown["series"][0]["bodySite"]["display"] == "Chest"
+
+
 def test_a_study_that_comes_back_finds_what_others_set(local: Hospital) -> None:
     study = a_study(instances=2, ReferringPhysicianName="Doe^Jane")
     local.send(*study)

@@ -65,8 +65,6 @@ class Study:
     last_sequence: int
     mapping_digest: str
     synced_at: datetime
-    filled: str = ""
-    """Those of the elements that our rules only fill that nobody else has set: names with blanks between."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,13 +86,6 @@ study = Table(
     Column("last_sequence", BigInteger, nullable=False),
     Column("mapping_digest", String(64), nullable=False),
     Column("synced_at", Instant, nullable=False),
-    Column(
-        "filled",
-        Text,
-        nullable=False,
-        server_default="",
-        comment="elements of owner `fill` that nobody else has set, by name",
-    ),
 )
 
 patient = Table(

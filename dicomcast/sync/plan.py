@@ -1,13 +1,19 @@
 """From what FHIR holds and what we want to the writes that are needed. Pure: no service, no clock, no database."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dicomcast import mapping
+import orjson
+
+from dicomcast import decimals, mapping
 from dicomcast.decimals import Json
 from dicomcast.fhir import resources
 from dicomcast.fhir.resources import Held, Write
 
 WRONG = "entered-in-error"
+_FILLED = "urn:dicomcast:filled"
+_MARKS = 20  # so that they fit where a server keeps 200 characters of a tag (HAPI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +45,48 @@ def patient(held: Held, wanted: Json, *, rules: mapping.Mapping) -> Write | None
     return _update(held, rules.merge(held.resource, wanted), rules)
 
 
-def study(
-    held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming, filled: frozenset[str]
-) -> tuple[Write | None, frozenset[str]]:
+def study(held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
     """The ImagingStudy with what we own of it as wanted, and what others put there as it is.
 
-    `filled`: of the elements that our rules only fill, those that are as we left them. The second value says so of the
-    result.
+    The elements that our rules only fill are ours as long as they say what we wrote: marks in a tag tell that, whatever
+    becomes of our database.
     """
     if held is None:
-        return _create("ImagingStudy", wanted, identifier=study_identifier(wanted), naming=naming), rules.fills
+        return _create("ImagingStudy", _marked(wanted, rules.fills), identifier=study_identifier(wanted), naming=naming)
+    filled = still_filled(held.resource, rules)
     merged = rules.merge(held.resource, wanted, fills=filled)
     others = rules.fills - filled
     more = {one for one in others if rules.same(merged, rules.merge(merged, wanted, fills=frozenset((one,))))}
-    return _update(held, merged, rules), (filled & rules.fills) | more
+    return _update(held, _marked(merged, filled | more), rules)
+
+
+def still_filled(resource: Json, rules: mapping.Mapping) -> frozenset[str]:
+    """Of the elements that our rules only fill, those that are absent or as we left them."""
+    tags = (resource.get("meta") or {}).get("tag") or ()
+    marks = {mark for tag in tags if tag.get("system") == _FILLED for mark in str(tag.get("code")).split(",")}
+    return frozenset(one for one in rules.fills if _mark(resource, one) in (None, *marks))
+
+
+def _marked(resource: Json, filled: Iterable[str]) -> Json:
+    """The resource with the marks of these elements, in a tag of ours."""
+    meta = resource.get("meta") or {}
+    tags = [tag for tag in meta.get("tag") or () if tag.get("system") != _FILLED]
+    if marks := [mark for one in sorted(filled) if (mark := _mark(resource, one)) is not None]:
+        tags.append({"system": _FILLED, "code": ",".join(marks[:_MARKS])})
+    rest = {name: value for name, value in meta.items() if name != "tag"} | ({"tag": tags} if tags else {})
+    return {**resource, "meta": rest} if rest else resource
+
+
+def _mark(resource: Json, name: str) -> str | None:
+    """Eight hex digits of what an element says (`study.referrer`, `series.bodySite` of all series), or None."""
+    level, _, element = name.partition(".")
+    said = resource.get(element)
+    if level == "series":
+        parts = resource.get("series") or ()
+        said = {str(part.get("uid")): part[element] for part in parts if element in part}
+    if not said:
+        return None
+    return hashlib.sha256(decimals.dumps((name, said), option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
 
 
 def observation(held: Held | None, wanted: mapping.Observed, *, rules: mapping.Mapping, naming: Naming) -> Write | None:

@@ -92,17 +92,21 @@ class Roads:
     async def _base(self, row: store.Study, failing: bool) -> Held:
         """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
         stale = failing or row.mapping_digest != self._rules.digest
-        if row.outcome != "synced" or stale or row.version is None or self._rules.fills - {*row.filled.split()}:
+        if row.outcome != "synced" or stale or row.version is None:
             raise errors.Replan("a study that can't be vouched for")
         remembered = self._written.get(row.study_instance_uid)
+        base: Held | None
         if remembered is not None and remembered[0].version == row.version:
             held, content = remembered
-            return Held(held.type, held.id, held.version, decimals.loads(content))
-        assert row.imaging_study is not None
-        read = await self._fhir.read("ImagingStudy", row.imaging_study)
-        if read is None or read.version != row.version:
+            base = Held(held.type, held.id, held.version, decimals.loads(content))
+        else:
+            assert row.imaging_study is not None
+            base = await self._fhir.read("ImagingStudy", row.imaging_study)
+        if base is None or base.version != row.version:
             raise errors.Conflict("fhir: the ImagingStudy is not the one that we wrote")
-        return read
+        if plan.still_filled(base.resource, self._rules) != self._rules.fills:
+            raise errors.Replan("somebody else has set what we only fill")
+        return base
 
     def _unknown(self, change: StudyChange, base: Held, row: store.Study) -> list[mapping.Instance]:
         """The instances that the base lacks. An old entry is a repetition, a new one for what we hold a replacement."""
@@ -272,9 +276,7 @@ class Roads:
             around, who.resource, change=change, sequence=sequence, exact=exact
         )
         built = build(subject, {"reference": endpoint})
-        ours = row is not None and held is not None and row.version == held.version is not None
-        filled = frozenset(row.filled.split()) if row is not None and ours else frozenset()
-        study_write, filled = plan.study(held, built.resource, rules=self._rules, naming=self._naming, filled=filled)
+        study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
         address = study_write or held
         assert address is not None
@@ -295,8 +297,7 @@ class Roads:
         outcome: Outcome = "unchanged" if not (writes or about) else "created" if held is None else "updated"
         issues = Counter(_issue(issue) for one in instances for issue in one.issues)
         issues.update(_issue(issue) for issue in (*built.issues, *who.issues))
-        settled = replace(self._row(change, row, "synced", study), filled=" ".join(sorted(filled)))
-        return Settled(outcome, settled, failures=tuple(change.failures), issues=issues)
+        return Settled(outcome, self._row(change, row, "synced", study), failures=tuple(change.failures), issues=issues)
 
     async def _done(
         self, held: Held | None, observed: Sequence[Held], writes: list[Write], addresses: dict[str, str]
@@ -343,7 +344,6 @@ class Roads:
             last_sequence=row.last_sequence if row else 0,
             mapping_digest=self._rules.digest,
             synced_at=self._clock.now(),
-            filled=row.filled if row else "",
         )
         return _advanced(fresh, change)
 
