@@ -148,8 +148,12 @@ class DicomService:
             ) from None
 
 
-_BRACKET = re.compile(rb'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[\]{}])', re.DOTALL)
+_PLAIN = rb'[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"'
+_FLAT = rb"\[(?:%b)*+\]" % _PLAIN
+_BRACKET = re.compile(rb"(?:%b)*+([\[\]{}])" % _PLAIN, re.DOTALL)
 """The next bracket that stands outside of strings; a string that is not complete yet gives no match."""
+_DEEPER = re.compile(rb"(?:%b|%b|\{(?:%b|%b)*+\})*+([\[\]{}])" % (_PLAIN, _FLAT, _PLAIN, _FLAT), re.DOTALL)
+"""The same, where arrays and objects that hold no more than arrays are passed as a whole: most of a data set."""
 
 
 async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[DataSet]:
@@ -160,7 +164,7 @@ async def json_array(chunks: AsyncIterator[bytes]) -> AsyncIterator[DataSet]:
     pending, depth, begin, scanned, text_from, ended = bytearray(), 0, 0, 0, 0, False
     async for chunk in chunks:
         pending += chunk
-        while bracket := _BRACKET.match(pending, scanned):
+        while bracket := (_BRACKET if depth < 2 else _DEEPER).match(pending, scanned):
             scanned = bracket.end()
             if depth < 2:
                 between = bytes(pending[text_from : scanned - 1]).strip()
