@@ -43,9 +43,17 @@ rules:
   - id: series.protocol            # a rule of this id is replaced, a new one added
     level: series
     target: {element: extension, where: {url: "https://hospital.example/protocol"}, at: valueString}
-    source: ProtocolName           # or a list: the first that gives a value wins
-    when: {Modality: [CT, MR]}
-    policy: unanimous
+    source: ProtocolName
+    when: {Modality: [CT, MR]}     # only for these; a value such as "NO" needs quotes
+    policy: unanimous              # all instances must agree, else there is no element
+  - id: series.description
+    level: series
+    target: description            # an element that does not repeat is its name
+    source: [SeriesDescription, ProtocolName]   # the first that gives a value wins
+  - id: study.location
+    level: study
+    target: location
+    constant: {display: North Clinic}
 disable: [study.referrer]          # rules by id, of whatever was loaded before
 """
 
