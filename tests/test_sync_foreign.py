@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import pydicom
 import pytest
 from hospital import SYSTEM, Hospital, Json, a_study, serving, uid
 from starlette.applications import Starlette
@@ -147,6 +148,29 @@ def test_what_we_fill_follows_dicom_also_when_the_database_is_lost(hospital: Hos
     shown = hospital.study(uid(study[0]))
     assert (shown["referrer"], shown["description"]) == (theirs, "again")
     assert shown["series"][0]["bodySite"]["display"] == "Chest"
+
+
+def test_an_accession_number_leaves_with_the_issuer_that_it_was_of(hospital: Hospital) -> None:
+    study = a_study(instances=2, AccessionNumber="A1")
+    theirs = {"system": "urn:oid:1.2.3.99", "value": "A1", "type": {"coding": [{"code": "ACSN"}]}}
+
+    def systems() -> set[str]:
+        return {str(one.get("system")) for one in hospital.study(uid(study[0]))["identifier"]} - {"urn:dicom:uid"}
+
+    for number, issuer in enumerate(("1.2.3.1", "1.2.3.2", "1.2.3.3")):
+        for one in study:
+            item = pydicom.Dataset()
+            item.UniversalEntityID, item.UniversalEntityIDType = issuer, "ISO"
+            one.IssuerOfAccessionNumberSequence = [item]
+        if number:
+            hospital.modality.resend(study, replace=True)
+        else:
+            hospital.send(*study)
+        hospital.sync()
+        assert systems() == {f"urn:oid:{issuer}", *([theirs["system"]] if number > 1 else [])}
+        if number == 1:
+            shown = hospital.study(uid(study[0]))
+            hospital.put({**shown, "identifier": [*shown["identifier"], theirs]})
 
 
 def test_a_study_that_comes_back_finds_what_others_set(local: Hospital) -> None:

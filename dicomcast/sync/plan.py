@@ -48,30 +48,39 @@ def patient(held: Held, wanted: Json, *, rules: mapping.Mapping) -> Write | None
 def study(held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
     """The ImagingStudy with what we own of it as wanted, and what others put there as it is.
 
-    The elements that our rules only fill are ours as long as they say what we wrote: marks in a tag tell that, whatever
-    becomes of our database.
+    The elements that our rules only fill are ours as long as they say what we wrote, and so are identifiers that are no
+    longer wanted: marks in a tag tell that, whatever becomes of our database.
     """
     if held is None:
-        return _create("ImagingStudy", _marked(wanted, rules.fills), identifier=study_identifier(wanted), naming=naming)
+        return _create(
+            "ImagingStudy", _marked(wanted, rules.fills, wanted), identifier=study_identifier(wanted), naming=naming
+        )
     filled = still_filled(held.resource, rules)
-    merged = rules.merge(held.resource, wanted, fills=filled)
+    marks, identifiers = _marks(held.resource), held.resource.get("identifier") or ()
+    kept = [one for one in identifiers if one in wanted["identifier"] or _hash(one) not in marks]
+    merged = rules.merge({**held.resource, "identifier": kept}, wanted, fills=filled)
     others = rules.fills - filled
     more = {one for one in others if rules.same(merged, rules.merge(merged, wanted, fills=frozenset((one,))))}
-    return _update(held, _marked(merged, filled | more), rules)
+    return _update(held, _marked(merged, filled | more, wanted), rules)
 
 
 def still_filled(resource: Json, rules: mapping.Mapping) -> frozenset[str]:
     """Of the elements that our rules only fill, those that are absent or as we left them."""
-    tags = (resource.get("meta") or {}).get("tag") or ()
-    marks = {mark for tag in tags if tag.get("system") == _FILLED for mark in str(tag.get("code")).split(",")}
+    marks = _marks(resource)
     return frozenset(one for one in rules.fills if _mark(resource, one) in (None, *marks))
 
 
-def _marked(resource: Json, filled: Iterable[str]) -> Json:
-    """The resource with the marks of these elements, in a tag of ours."""
+def _marks(resource: Json) -> set[str]:
+    tags = (resource.get("meta") or {}).get("tag") or ()
+    return {mark for tag in tags if tag.get("system") == _FILLED for mark in str(tag.get("code")).split(",")}
+
+
+def _marked(resource: Json, filled: Iterable[str], wanted: Json) -> Json:
+    """The resource with the marks of these elements, and of all identifiers that we want, in a tag of ours."""
     meta = resource.get("meta") or {}
     tags = [tag for tag in meta.get("tag") or () if tag.get("system") != _FILLED]
-    if marks := [mark for one in sorted(filled) if (mark := _mark(resource, one)) is not None]:
+    marks = [_hash(one) for one in wanted["identifier"] if one != study_identifier(wanted)]
+    if marks := [*marks, *(mark for one in sorted(filled) if (mark := _mark(resource, one)) is not None)]:
         tags.append({"system": _FILLED, "code": ",".join(marks[:_MARKS])})
     rest = {name: value for name, value in meta.items() if name != "tag"} | ({"tag": tags} if tags else {})
     return {**resource, "meta": rest} if rest else resource
@@ -86,7 +95,11 @@ def _mark(resource: Json, name: str) -> str | None:
         said = {str(part.get("uid")): part[element] for part in parts if element in part}
     if not said:
         return None
-    return hashlib.sha256(decimals.dumps((name, said), option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
+    return _hash((name, said))
+
+
+def _hash(value: Json) -> str:
+    return hashlib.sha256(decimals.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:8]
 
 
 def observation(held: Held | None, wanted: mapping.Observed, *, rules: mapping.Mapping, naming: Naming) -> Write | None:
