@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pydicom
 import pytest
+from hospital import a_study
 from pydicom.data import get_charset_files, get_testdata_file
 
 from dicomcast.dicom import files
@@ -200,3 +201,11 @@ def test_damaged_files_are_read_or_refused_and_never_fail_otherwise() -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.read(tmp_path / "none.dcm")
+
+
+def test_a_data_set_that_was_saved_says_what_it_said_before() -> None:
+    (study,) = a_study(instances=1, PatientName="Müller^Anna", SpecificCharacterSet="ISO_IR 192")
+    before = files.metadata(study)
+    modality.encoded(study)
+    assert files.metadata(study) == before
+    assert before["00100010"]["Value"] == [{"Alphabetic": "Müller^Anna"}]

@@ -185,7 +185,8 @@ def _texts(item: Any, vr: str, encodings: list[str]) -> list[str]:
 
 def _original(value: Any) -> str:
     """A converted value as it was written: pydicom keeps the text of IS and DS beside the number."""
-    return "" if value is None else str(getattr(value, "original_string", None) or value)
+    original = getattr(value, "original_string", None)  # bytes of a name that was saved: in which script, is not said
+    return "" if value is None else original if original and isinstance(original, str) else str(value)
 
 
 def _decoded(value: bytes, vr: str, encodings: list[str]) -> str:
