@@ -95,9 +95,23 @@ def fhir_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def hospital(sandbox: Any, tmp_path: Path) -> Iterator[Hospital]:
-    """A hospital on the sandbox, its state in SQLite. Files with more to compare have one of their own."""
+def local(sandbox: Any, tmp_path: Path) -> Iterator[Hospital]:
+    """A hospital on the sandbox, its state in SQLite."""
     one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def hospital(local: Hospital) -> Hospital:
+    """The one of most tests. Files with more to compare have one of their own."""
+    return local
+
+
+@pytest.fixture
+def everywhere(sandbox: Any, fhir_url: str, tmp_path: Path) -> Iterator[Hospital]:
+    """The same, on each FHIR service that there is."""
+    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
     yield one
     one.close()
 

@@ -10,11 +10,9 @@ from dicomcast.sandbox import fhir
 
 
 @pytest.fixture
-def hospital(sandbox: services.Sandbox, fhir_url: str, tmp_path: object) -> Iterator[Hospital]:
+def hospital(everywhere: Hospital) -> Hospital:
     """On each FHIR service that there is."""
-    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
+    return everywhere
 
 
 @pytest.fixture

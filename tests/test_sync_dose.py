@@ -18,11 +18,10 @@ MODULES = ("patient", "endpoint", "imaging_study", "radiation_dose")
 
 
 @pytest.fixture
-def hospital(sandbox: services.Sandbox, fhir_url: str, tmp_path: object) -> Iterator[Hospital]:
-    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
-    one.flags["mapping"] = {"modules": MODULES}
-    yield one
-    one.close()
+def hospital(everywhere: Hospital) -> Hospital:
+    """On each FHIR service that there is, with the module for dose reports."""
+    everywhere.flags["mapping"] = {"modules": MODULES}
+    return everywhere
 
 
 def with_report(instances: int = 2, number: int = 1) -> tuple[list[pydicom.Dataset], pydicom.Dataset]:

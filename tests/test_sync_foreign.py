@@ -1,6 +1,6 @@
 """Other writers of the FHIR service: what they own stays, what they have is adopted, and what is ambiguous is said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -12,23 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from dicomcast import sandbox as services
-
 
 @pytest.fixture
-def hospital(sandbox: services.Sandbox, fhir_url: str, tmp_path: Path) -> Iterator[Hospital]:
+def hospital(everywhere: Hospital) -> Hospital:
     """On each FHIR service that there is."""
-    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def local(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    """On the sandbox's FHIR service alone."""
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db")
-    yield one
-    one.close()
+    return everywhere
 
 
 def a_patient(patient_id: str, **more: Json) -> Json:

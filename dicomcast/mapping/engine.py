@@ -291,7 +291,6 @@ class Readings:
         self._reports = [
             (one, f"report {one.name}", _plain(notation.parse(one.key).paths[0]) if one.key else None) for one in kinds
         ]
-        self._fixed = {place: steps.fixed(owned, context) for place, owned in layout.rules.items()}
         self._memory: dict[str, _Memory] = {level: {} for level in ("patient", "study", "series")}
         self._known: WeakValueDictionary[tuple[str, object, bytes], Values] = WeakValueDictionary()
 
@@ -304,7 +303,7 @@ class Readings:
         study, study_issues = self._shared("study", dataset)
         series, series_issues = self._shared("series", dataset)
         issues: list[Issue] = []
-        items = self._items("instance", dataset, issues) | self._fixed["instance"]
+        items = self._items("instance", dataset, issues) | self._layout.fixed["instance"]
         resource = self._layout.write("instance", {}, items)
         self._validate("instance", resource)
         patient, patient_issues = self._shared("patient", dataset)
@@ -401,7 +400,7 @@ class Readings:
             for index, item in enumerate(contents):
                 try:
                     items = self._items(place, dataset, issues, item)
-                    content = self._layout.write(place, {}, items | self._fixed[place])
+                    content = self._layout.write(place, {}, items | self._layout.fixed[place])
                     self._validate(place, {"resourceType": "Observation", **content})
                 except errors.InstanceFailed as failed:
                     reason = f"the report is left out: {failed.kind}"

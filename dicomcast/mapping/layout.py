@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from dicomcast.dicom.values import Json
+from dicomcast.mapping import steps
 from dicomcast.mapping.rules import LEVELS, Context, Rule, Slice
 
 Items: TypeAlias = "Mapping[str, Json]"  # values by rule id; the value of a slice is a list of items
@@ -44,6 +45,8 @@ class Layout:
         for rule in table:
             self.rules.setdefault(rule.place, []).append(rule)
             self._elements.setdefault(rule.place, {}).setdefault(rule.element, []).append(rule)
+        self.fixed = {place: steps.fixed(owned, context) for place, owned in self.rules.items()}
+        """By place: the values of rules that say the same for every instance, by rule id. Don't change them."""
 
     def rule_of(self, level: str, element: str) -> str | None:
         """The id of the (first) rule for an element."""

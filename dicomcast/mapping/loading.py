@@ -18,7 +18,7 @@ import yaml
 
 from dicomcast import errors
 from dicomcast.dicom.values import DataSet, Json
-from dicomcast.mapping import checking, engine, notation, rules, steps, tables, validation
+from dicomcast.mapping import checking, engine, notation, rules, tables, validation
 from dicomcast.mapping import study as combining
 from dicomcast.mapping.engine import Instance
 from dicomcast.mapping.layout import RESOURCES, Layout, by_uid
@@ -207,6 +207,8 @@ class Mapping:
         self.rules = table
         self.kinds = kinds
         self.digest = _digest(table, kinds, context)
+        self.fills = frozenset(f"{rule.level}.{rule.element}" for rule in table if rule.owner == "fill")
+        """The elements of an ImagingStudy that our rules only fill: `study.referrer`, `series.bodySite`."""
         # A rule whose setting is not set neither writes nor owns its element.
         active = [rule for rule in table if rule.setting is None or getattr(context, rule.setting)]
         self._layout = Layout(active, context)
@@ -239,7 +241,7 @@ class Mapping:
 
     def reports(self, instances: Iterable[Instance], *, subject: Json, study: Json) -> list[Observed]:
         """The Observations that these instances bring with them, with these references. Raises `errors.StudyFailed`."""
-        return combining.reports(self._layout, self.context, instances, {"subject": subject, "study": study})
+        return combining.reports(self._layout, [*instances], {"subject": subject, "study": study})
 
     def patient_key(self, instances: Iterable[Instance]) -> tuple[str | None, str]:
         """Identifier system (or None) and PatientID of the patient whom most of these instances name."""
@@ -247,19 +249,13 @@ class Mapping:
 
     def endpoint(self) -> dict[str, Json]:
         """The Endpoint. Raises `errors.Misconfigured` where the context lacks what one needs."""
-        items = steps.fixed(self._layout.rules["endpoint"], self.context)
-        resource = {"resourceType": "Endpoint", **self._layout.write("endpoint", {}, items)}
+        resource = {"resourceType": "Endpoint", **self._layout.write("endpoint", {}, self._layout.fixed["endpoint"])}
         found = [
             f"endpoint {problem.element}: {problem.reason}" for problem in validation.problems("endpoint", resource)
         ]
         if found:
             raise errors.Misconfigured(found)
         return resource
-
-    @property
-    def fills(self) -> frozenset[str]:
-        """The elements of an ImagingStudy that our rules only fill: `study.referrer`, `series.bodySite`."""
-        return frozenset(f"{rule.level}.{rule.element}" for rule in self.rules if rule.owner == "fill")
 
     def merge(
         self, existing: Json, wanted: Json, *, report: str | None = None, fills: frozenset[str] | None = None

@@ -68,22 +68,23 @@ def patient(layout: Layout, context: Context, instances: Iterable[Instance]) -> 
         (rule,) = (rule for rule in layout.rules["patient"] if rule.id == PATIENT)
         issues.append(Issue(rule.id, *rule.origin(), "instances name several patients"))
     items = _Build(layout, context, {}).combined("patient", counts, None, issues)
-    items |= steps.fixed(layout.rules["patient"], context)
+    items |= layout.fixed["patient"]
     resource = {"resourceType": "Patient", **layout.write("patient", {}, items)}
     _judge(layout, "patient", resource)
     return Built(resource, tuple(issues))
 
 
-def reports(layout: Layout, context: Context, instances: Iterable[Instance], links: Links) -> list[Observed]:
+def reports(layout: Layout, instances: list[Instance], links: Links) -> list[Observed]:
     """The Observations of these instances, each identified by SOP Instance UID, kind and key: the same ever after."""
-    found = []
+    found: list[Observed] = []
+    if not any(instance.reports for instance in instances):
+        return found  # most studies, however large
     for instance in sorted(_distinct(instances), key=lambda one: one.sop_uid):
         for reported in instance.reports:
             place = f"report {reported.name}"
             name = uuid.uuid5(uuid.NAMESPACE_OID, f"{instance.sop_uid} {reported.name} {reported.key}")
             identifier = {"system": identifiers.URI, "value": f"urn:uuid:{name}"}
-            table = layout.rules[place]
-            given = _linked(table, {**links, "identifier": identifier}) | steps.fixed(table, context)
+            given = _linked(layout.rules[place], {**links, "identifier": identifier}) | layout.fixed[place]
             resource = {"resourceType": "Observation", **layout.write(place, {}, {**reported.items, **given})}
             _judge(layout, place, resource)
             found.append(Observed(reported.name, identifier, resource))
@@ -188,7 +189,7 @@ class _Build:
     def _completed(self, level: str, items: dict[str, Json], content: Json, old: Json) -> dict[str, Json]:
         """With the values that don't come from instances: constants, settings, links, what is counted."""
         table = self._layout.rules[level]
-        given = steps.fixed(table, self._context) | _linked(table, self._links)
+        given = self._layout.fixed[level] | _linked(table, self._links)
         for rule in table:
             if rule.link is not None:
                 if old and isinstance(rule.target, str) and _differs(old.get(rule.element), given[rule.id]):
