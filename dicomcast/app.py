@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import structlog
 
@@ -78,9 +78,9 @@ def known(options: settings.Settings) -> Iterator[tuple[store.Store, store.Row |
 async def services(options: settings.Settings, *, clock: Clock) -> AsyncIterator[tuple[DicomService, FhirService]]:
     """Clients of both services."""
     dicom = DicomService(
-        _wire("dicom", options.dicom, clock), version=options.dicom_version, partition=options.dicom.partition
+        _wire("dicom", options, clock), version=options.dicom_version, partition=options.dicom.partition
     )
-    fhir = FhirService(_wire("fhir", options.fhir, clock), ids=options.fhir.ids)
+    fhir = FhirService(_wire("fhir", options, clock), ids=options.fhir.ids)
     try:
         yield dicom, fhir
     finally:
@@ -88,13 +88,16 @@ async def services(options: settings.Settings, *, clock: Clock) -> AsyncIterator
         await fhir.close()
 
 
-def _wire(name: str, options: settings.Dicom | settings.Fhir, clock: Clock) -> wire.Service:
+def _wire(name: Literal["dicom", "fhir"], options: settings.Settings, clock: Clock) -> wire.Service:
+    service: settings.Dicom | settings.Fhir = getattr(options, name)
     auth = wire.credentials(
-        username=options.username,
-        password=options.password.get_secret_value() if options.password else None,
-        token=options.token.get_secret_value() if options.token else None,
+        username=service.username,
+        password=service.password.get_secret_value() if service.password else None,
+        token=service.token.get_secret_value() if service.token else None,
     )
-    return wire.Service(name=name, url=options.url, auth=auth, timeout=options.timeout, clock=clock)
+    return wire.Service(
+        name=name, url=service.url, auth=auth, timeout=service.timeout, clock=clock, parallel=options.sync.parallel
+    )
 
 
 # sync and run ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ Error
 ├── LeaseHeld                    another worker syncs this feed: exit code 4
 ├── LeaseLost                    this worker may write nothing more; it drops its buffers and stands by
 ├── Unavailable                  a service does not answer: the pipeline pauses, nothing is skipped: exit code 3
-│   ├── Denied                   a service refuses our credentials (401, 403)
+│   ├── Denied                   a service refuses our credentials (401)
+│   │   └── Forbidden            or one request alone (403)
 │   └── Troubled                 one read failed (500, 502, 504, 408, timeout): the service's fault, or that read's own
 ├── Replan                       this attempt is void; look at both services again
 │   ├── Conflict                 somebody else wrote first (409, 412, 200 to a create)
@@ -72,7 +73,11 @@ class Unavailable(Error):
 
 
 class Denied(Unavailable):
-    """A service answers 401 or 403: a token, an audience or a role is wrong or not yet in force."""
+    """A service answers 401 (or 403): a token, an audience or a role is wrong or not yet in force."""
+
+
+class Forbidden(Denied):
+    """A service answers 403: our credentials may do nothing, or not this one thing; a probe can tell."""
 
 
 class Troubled(Unavailable):
@@ -84,7 +89,9 @@ class Replan(Error):
 
 
 class Conflict(Replan):
-    """The FHIR resource moved under us."""
+    """The FHIR resource moved under us; `referred`: or others refer to what should go (409)."""
+
+    referred = False
 
 
 class Disagreement(Replan):

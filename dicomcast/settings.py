@@ -161,6 +161,10 @@ class Accession(_Section):
 class ImagingStudy(_Section):
     """What becomes of an ImagingStudy."""
 
+    instances: Literal["all", "auto", "none"] = Field(
+        "auto", description="which studies list their instances; auto: those of no more than 10,000; counts stay"
+    )
+
     end: Literal["delete", "cancelled", "entered-in-error"] = Field(
         "delete", description="when its last instance is gone: delete the resource, or keep it with this status"
     )
@@ -202,7 +206,12 @@ class Sync(_Section):
         20.0, description="seconds after which a silent worker's lease is free"
     )
     buffer: int = Field(50_000, ge=100, description="instances held in memory at the most")
-    parallel: int = Field(4, ge=1, le=100, description="studies written at the same time")
+    parallel: int = Field(
+        100,
+        ge=1,
+        le=100,
+        description="most requests to a service at once; it begins with 4, and the service's answers decide",
+    )
 
 
 class Settle(_Section):

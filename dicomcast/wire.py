@@ -1,11 +1,12 @@
-"""HTTP to the two services: credentials, timeouts, retry of reads, request counts, and status → error in one place.
+"""HTTP to the two services: credentials, timeouts, retry of reads, how much at once, and status → error in one place.
 
 | answer | a read | a write |
 |---|---|---|
 | connection refused, unknown host, no free connection | `Unavailable` | `Unavailable`: it was never sent |
 | timeout, reset, cut body, 408, 500, 502, 504 | `Troubled`, a kind of `Unavailable` | `OutcomeUnknown` |
 | 429, 503 (with `Retry-After`) | `Unavailable` | `Unavailable` |
-| 401, 403 | `Denied` | `Denied` |
+| 401 | `Denied` | `Denied` |
+| 403 | `Forbidden`, a kind of `Denied` | `Forbidden` |
 | 409, 412 | `Conflict` | `Conflict` |
 | 400, 404, 405, 406, 410, 413, 414, 415, 422, 501 | `Rejected` | `Rejected` |
 | anything else (a login page's 302, 424, 431, 507 ...) | `Unavailable` | `Unavailable` |
@@ -14,12 +15,13 @@ Reads are tried three times before `Unavailable` is raised; a write is never res
 for those to decide who can look at both services again. httpx logs URLs, and URLs hold PatientIDs: its logger is off.
 """
 
+import asyncio
 import email.utils
 import functools
 import logging
 import re
 import ssl
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -40,6 +42,7 @@ _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, http
 _REFUSALS = frozenset({400, 404, 405, 406, 410, 413, 414, 415, 422, 501})
 _CONNECT = 10.0
 """Seconds until a connection must stand."""
+_FIRST_AT_ONCE = 4.0
 _LONGEST_WAIT_HERE = 5.0
 """Seconds: a service that asks for more than this is a matter for the pipeline's pause."""
 
@@ -68,21 +71,70 @@ class _Bearer(httpx.Auth):
         yield request
 
 
-class Service:
-    """One remote service. `requests` counts every HTTP request sent, successful or not."""
+class _Room:
+    """How many requests may be under way: one more a round while that is used, half where the service is overloaded."""
 
-    def __init__(self, *, name: str, url: str, auth: httpx.Auth | None, timeout: float, clock: Clock):
+    def __init__(self, most: int):
+        self._most = most
+        self._size = min(_FIRST_AT_ONCE, most)
+        self._taken = 0
+        self._cuts = 0
+        self._freed = asyncio.Event()
+
+    @property
+    def size(self) -> int:
+        """Requests at once, at present."""
+        return int(self._size)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[Callable[[int], None]]:
+        """Wait for a place; what is given wants to be told the answer's status."""
+        while self._taken >= self.size:
+            self._freed.clear()
+            await self._freed.wait()
+        self._taken += 1
+        cuts = self._cuts
+        try:
+            yield lambda status: self._learn(status, cuts)
+        finally:
+            self._taken -= 1
+            self._freed.set()
+
+    def _learn(self, status: int, cuts: int) -> None:
+        if status in (429, 503):
+            if cuts == self._cuts:  # what was sent before the last cut says nothing new
+                self._cuts += 1
+                self._size = max(1.0, self._size / 2)
+        elif self._taken * 2 > self._size:
+            self._size = min(self._most, self._size + 1 / self._size)
+
+
+class Service:
+    """One remote service. `requests` counts every HTTP request sent, successful or not.
+
+    `parallel`: the most requests at once; how many it is at present follows what the service bears.
+    """
+
+    def __init__(
+        self, *, name: str, url: str, auth: httpx.Auth | None, timeout: float, clock: Clock, parallel: int = 100
+    ):
         self.name = name
         self.url = url.rstrip("/")
         self.requests = 0
+        self._room = _Room(parallel)
         self._clock = clock
         self._timeout = timeout
         self._client = httpx.AsyncClient(
             auth=auth,
             verify=_trusted(),
             timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT)),
-            limits=httpx.Limits(max_connections=128, max_keepalive_connections=32),
+            limits=httpx.Limits(max_connections=128, max_keepalive_connections=parallel),
         )
+
+    @property
+    def parallel(self) -> int:
+        """Requests that may be under way at once, at present."""
+        return self._room.size
 
     async def close(self) -> None:
         """Drop all connections."""
@@ -135,8 +187,9 @@ class Service:
         async def opened() -> Response:
             request = self._client.build_request("GET", self._address(path), headers=headers)
             self.requests += 1
-            async with self._failures(write=False):
+            async with self._room.place() as learn, self._failures(write=False):
                 response = await self._client.send(request, stream=True)
+                learn(response.status_code)
             if response.status_code >= 300 and response.status_code not in also:
                 await response.aclose()
                 self._check(response, also=also, write=False)
@@ -153,8 +206,11 @@ class Service:
         return path if path.startswith(("http://", "https://")) else f"{self.url}{path}"
 
     async def _send(self, method: str, path: str, **request: Any) -> Response:
-        self.requests += 1
-        return await self._client.request(method, self._address(path), **request)
+        async with self._room.place() as learn:
+            self.requests += 1
+            response = await self._client.request(method, self._address(path), **request)
+            learn(response.status_code)
+            return response
 
     @asynccontextmanager
     async def _failures(self, *, write: bool) -> AsyncIterator[None]:
@@ -197,13 +253,16 @@ def error_of(
     """What an HTTP status means, by the table above; also for the entries of a batch or transaction."""
     reason = f"HTTP {status}"
     if status in (401, 403):
-        return errors.Denied(service, f"{reason}: see {service}.token, or {service}.username and password")
+        kind = errors.Denied if status == 401 else errors.Forbidden
+        return kind(service, f"{reason}: see {service}.token, or {service}.username and password")
     if status in (429, 503):
         return errors.Unavailable(service, reason, retry_after=retry_after)
     if status in (408, 500, 502, 504):
         return errors.OutcomeUnknown(f"{service}: {reason}") if write else errors.Troubled(service, reason)
     if status in (409, 412):
-        return errors.Conflict(f"{service}: {reason}")
+        conflict = errors.Conflict(f"{service}: {reason}")
+        conflict.referred = status == 409
+        return conflict
     if status in _REFUSALS:
         return errors.Rejected(status, code=code)
     return errors.Unavailable(service, reason)

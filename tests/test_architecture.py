@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "mappings": {"mapping"},
 }
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
-CORE_LINES = 6_650
+CORE_LINES = 7_000
 BESIDE = {"sandbox", "demo", "authoring", "mappings"}  # what no sync runs, and the rules themselves, which are data
 
 

@@ -3,6 +3,7 @@
 import json
 import urllib.parse
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -36,6 +37,12 @@ def start() -> Iterator[Start]:
 @pytest.fixture
 def http(start: Start) -> httpx.Client:
     return start()
+
+
+@pytest.fixture
+def moments() -> list[datetime]:
+    """The last one is now."""
+    return [datetime(2026, 1, 31, tzinfo=UTC)]
 
 
 def patient(value: str = "1", **extra: object) -> dict:
@@ -148,6 +155,21 @@ def test_same_content_makes_no_new_version(http: httpx.Client) -> None:
     assert (again.status_code, again.headers["etag"]) == (200, 'W/"1"')
     assert before == http.get("/Patient/p1").json()
     assert put(http, patient(active=True), "p1").headers["etag"] == 'W/"2"'
+
+
+def test_tags_add_up_where_switched_on(start: Start) -> None:
+    http = start(keep_tags=True)
+
+    def tags(*codes: str) -> dict:
+        return {"meta": {"tag": [{"system": "urn:x", "code": code} for code in codes]}} if codes else {}
+
+    put(http, patient(**tags("a")), "p1")
+    answers = [put(http, patient(**tags(*codes)), "p1") for codes in (("b",), ("a",), ())]
+
+    assert [answer.json()["meta"]["versionId"] for answer in answers] == ["2", "2", "2"]
+    assert http.get("/Patient/p1").json()["meta"]["tag"] == tags("a", "b")["meta"]["tag"]
+    http.delete("/Patient/p1")
+    assert "tag" not in put(http, patient(), "p1").json()["meta"]
 
 
 def test_body_is_kept_to_the_letter(http: httpx.Client) -> None:
@@ -352,6 +374,71 @@ def test_pages_are_linked_and_counted(http: httpx.Client) -> None:
 
     assert ([f"p{number}" for number in range(5)], [5, 5, 5]) == (seen, totals)
     assert http.get("/Patient", params={"_summary": "count"}).json()["total"] == 5
+
+
+def test_some_elements_may_be_asked_for_on_every_page(http: httpx.Client) -> None:
+    for number in range(3):
+        put(http, study(f"1.2.{number}"), f"s{number}")
+
+    page = http.get("/ImagingStudy", params={"_elements": "identifier,status", "_count": 2}).json()
+    (following,) = [link["url"] for link in page["link"] if link["relation"] == "next"]
+
+    for entry in (*page["entry"], *http.get(following).json()["entry"]):
+        assert set(entry["resource"]) == {"resourceType", "id", "meta", "identifier", "status"}
+
+
+def test_result_of_an_equal_search_is_reused_unless_it_says_no_cache(start: Start, moments: list[datetime]) -> None:
+    http = start(reuse=60, now=lambda: moments[-1])
+    query, fresh = {"identifier": f"{SYSTEM}|1"}, {"Cache-Control": "no-cache"}
+
+    def seen(**headers: str) -> list[list[str]]:
+        batch = {"resourceType": "Bundle", "type": "batch"}
+        asked = {**batch, "entry": [{"request": {"method": "GET", "url": "Patient?" + urllib.parse.urlencode(query)}}]}
+        answers = [
+            http.get("/Patient", params=query, headers=headers).json(),
+            http.post("/Patient/_search", data=query, headers=headers).json(),
+            http.post("", json=asked, headers=headers).json()["entry"][0]["resource"],
+        ]
+        return [[entry["resource"]["id"] for entry in answer.get("entry", ())] for answer in answers]
+
+    assert seen() == [[]] * 3
+    put(http, patient(), "p1")
+    assert (seen(), seen(**fresh), seen()) == ([[]] * 3, [["p1"]] * 3, [[]] * 3)
+    moments.append(moments[-1] + timedelta(seconds=61))
+    assert seen() == [["p1"]] * 3
+    put(http, patient("2", gender="male"), "p1")
+    (entry,) = http.get("/Patient", params=query).json()["entry"]
+    assert (seen(**fresh), entry["resource"]["gender"]) == ([[]] * 3, "male")
+    http.delete("/Patient/p1")
+    assert seen() == [[]] * 3
+
+
+def test_search_may_be_behind_what_was_written(start: Start, moments: list[datetime]) -> None:
+    http = start(lag=60, now=lambda: moments[-1])
+    fresh = {"Cache-Control": "no-cache"}
+
+    def later(seconds: float) -> list[str]:
+        moments.append(moments[-1] + timedelta(seconds=seconds))
+        answer = http.get("/Patient", params={"identifier": f"{SYSTEM}|1"}, headers=fresh).json()
+        return [entry["resource"]["id"] for entry in answer.get("entry", ())]
+
+    put(http, patient(), "p1")
+    assert http.get("/Patient/p1").status_code == 200
+    assert [later(0), later(59), later(1)] == [[], [], ["p1"]]
+    put(http, patient(gender="male"), "p1")
+    assert [later(0), later(60)] == [[], ["p1"]]
+    http.delete("/Patient/p1")
+    assert later(0) == []
+
+
+def test_conditions_are_never_behind(start: Start, moments: list[datetime]) -> None:
+    http = start(lag=60, now=lambda: moments[-1])
+    headers = {"If-None-Exist": f"identifier={SYSTEM}|1"}
+
+    answers = [http.post("/Patient", json=patient(), headers=headers) for _ in range(2)]
+
+    assert [answer.status_code for answer in answers] == [201, 200]
+    assert http.put("/Patient", params={"identifier": "1"}, json=patient(gender="male")).status_code == 200
 
 
 def test_total_can_be_left_out(start: Start) -> None:
@@ -619,7 +706,7 @@ def test_references_are_not_checked_by_default(http: httpx.Client) -> None:
 # The service
 
 
-def test_capabilities_name_what_is_there(http: httpx.Client, start: Start) -> None:
+def test_capabilities_name_what_is_there(http: httpx.Client) -> None:
     statement = http.get("/metadata").json()
 
     assert (statement["resourceType"], statement["fhirVersion"]) == ("CapabilityStatement", "4.0.1")
@@ -629,9 +716,12 @@ def test_capabilities_name_what_is_there(http: httpx.Client, start: Start) -> No
     assert {"Patient", "ImagingStudy", "Endpoint", "Observation"} <= set(by_type)
     assert by_type["ImagingStudy"]["updateCreate"]
     assert "identifier" in {one["name"] for one in by_type["ImagingStudy"]["searchParam"]}
-    silent = start(update_create=False)
-    assert "updateCreate" not in silent.get("/metadata").json()["rest"][0]["resource"][0]
-    assert put(silent, patient(), "p1").status_code == 201
+    hapi = sandbox.start(fhir_options=fhir.HAPI)
+    with hapi, httpx.Client(base_url=hapi.fhir_url) as silent:
+        statement = silent.get("/metadata").json()
+        assert statement["software"]["name"] == "HAPI FHIR Server"
+        assert "updateCreate" not in statement["rest"][0]["resource"][0]
+        assert put(silent, patient(), "p1").status_code == 201
 
 
 def test_other_types_can_be_stored_too(http: httpx.Client) -> None:

@@ -301,7 +301,7 @@ def test_worker_that_lost_its_lease_changes_nothing(open_store: Callable[[], sto
     first.release(old)
 
     assert store.Position(0, 5, 5, None) == second.position(new)
-    assert (second.study(new, "1.2.3"), second.failures(new.feed_id)) == ((None, False), [])
+    assert (second.studies(new, ["1.2.3"])["1.2.3"], second.failures(new.feed_id)) == ((None, False), [])
     second.renew(new, seconds=20)
 
 
@@ -336,8 +336,8 @@ def test_studies_and_patients_come_back_as_the_last_commit_left_them(state: stor
     moved = replace(patient, ours=False, version="9", sequence=2**40)
     commit(state, lease, studies={"1.2.3": changed, "1.2.4": a_study("1.2.4")}, patients={"p1": moved})
 
-    assert (changed, False) == state.study(lease, "1.2.3")
-    assert (a_study("1.2.4"), False) == state.study(lease, "1.2.4")
+    assert (changed, False) == state.studies(lease, ["1.2.3"])["1.2.3"]
+    assert (a_study("1.2.4"), False) == state.studies(lease, ["1.2.4"])["1.2.4"]
     assert (moved, None) == (state.patient(lease, "p1"), state.patient(lease, "p2"))
 
 
@@ -347,7 +347,7 @@ def test_feeds_do_not_see_each_other(state: store.Store, lease: store.Lease) -> 
         state, lease, studies={"1.2.3": a_study()}, failures=[a_failure(heals=True)], missed={4: virtual.Clock().now()}
     )
 
-    assert (state.study(other, "1.2.3"), state.gaps(other), state.failures(other.feed_id)) == ((None, False), {}, [])
+    assert (state.studies(other, ["1.2.3"])["1.2.3"], state.gaps(other), state.failures(other.feed_id)) == ((None, False), {}, [])
     commit(state, other, reconciled={"1.2.3": ("mapped", 9)}, closed_gaps={4})
     assert (list(state.gaps(lease)), len(state.failures(lease.feed_id))) == ([4], 1)
 
@@ -356,7 +356,7 @@ def test_moments_are_aware_and_to_the_microsecond(state: store.Store, lease: sto
     moment = datetime.fromisoformat("2026-03-29T02:30:00.123456+02:00")
     commit(state, lease, studies={"1.2.3": a_study(synced_at=moment)}, missed={4: moment})
 
-    study, _ = state.study(lease, "1.2.3")
+    study, _ = state.studies(lease, ["1.2.3"])["1.2.3"]
     assert study is not None
     assert [(moment, timedelta(0))] * 2 == [
         (found, found.utcoffset()) for found in (study.synced_at, state.gaps(lease)[4])
@@ -378,7 +378,7 @@ def test_commit_is_all_or_nothing(state: store.Store, lease: store.Lease) -> Non
         )
 
     assert store.Position(0, 5, 5, None) == state.position(lease)
-    assert (state.study(lease, "1.2.3"), state.gaps(lease)) == ((None, False), {})
+    assert (state.studies(lease, ["1.2.3"])["1.2.3"], state.gaps(lease)) == ((None, False), {})
     assert state.failures(lease.feed_id) == []
 
 
@@ -497,7 +497,7 @@ def test_entries_of_other_partitions_are_one_row_per_sequence_and_no_study_of_ou
     commit(state, lease, reconciled={"1.2.3": ("mapped", 9)})
 
     assert rows(state, lease, "sequence", "status") == [(7, "open"), (8, "open")]
-    assert (a_study(), False) == state.study(lease, "1.2.3")
+    assert (a_study(), False) == state.studies(lease, ["1.2.3"])["1.2.3"]
 
 
 def test_what_heals_is_tried_again_after_ever_longer_pauses(
@@ -592,10 +592,10 @@ def test_failures_are_found_by_status_kind_and_study(state: store.Store, lease: 
 
 def test_study_knows_whether_failures_of_it_are_open(state: store.Store, lease: store.Lease) -> None:
     commit(state, lease, studies={"1.2.3": a_study()}, failures=[a_failure()])
-    during = state.study(lease, "1.2.3")
+    during = state.studies(lease, ["1.2.3"])["1.2.3"]
     commit(state, lease, reconciled={"1.2.3": ("mapped", 9)})
 
-    assert ((a_study(), True), (a_study(), False)) == (during, state.study(lease, "1.2.3"))
+    assert ((a_study(), True), (a_study(), False)) == (during, state.studies(lease, ["1.2.3"])["1.2.3"])
 
 
 def test_studies_are_counted_by_outcome(state: store.Store, lease: store.Lease) -> None:
@@ -663,7 +663,7 @@ def test_effects_that_waited_end_as_if_they_had_been_committed_one_by_one(
     def shown(feed: store.Lease) -> object:
         open_now = rows(state, feed, "study_instance_uid", "sop_instance_uid")
         issues = [state.issues(feed.feed_id, study_uid=uid) for uid in ("1.2.3", "1.2.4")]
-        return state.study(feed, "1.2.3"), open_now, issues, state.gaps(feed)
+        return state.studies(feed, ["1.2.3"])["1.2.3"], open_now, issues, state.gaps(feed)
 
     for effects in steps():
         state.commit(lease, START, effects)

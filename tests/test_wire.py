@@ -83,7 +83,7 @@ MEANINGS: dict[int, tuple[type[errors.Error], type[errors.Error]]] = {
     302: (errors.Unavailable, errors.Unavailable),
     400: (errors.Rejected, errors.Rejected),
     401: (errors.Denied, errors.Denied),
-    403: (errors.Denied, errors.Denied),
+    403: (errors.Forbidden, errors.Forbidden),
     404: (errors.Rejected, errors.Rejected),
     405: (errors.Rejected, errors.Rejected),
     406: (errors.Rejected, errors.Rejected),

@@ -62,18 +62,66 @@ class Malformed:
 
 Entry = ChangeFeedEntry | Malformed
 
+
+class _Documented(
+    msgspec.Struct,
+    forbid_unknown_fields=True,
+    rename={
+        "study": "studyInstanceUid",
+        "series": "seriesInstanceUid",
+        "sop": "sopInstanceUid",
+        "partition": "partitionName",
+    },
+):
+    """An entry as the service writes it today; what differs in the least is read with an open mind."""
+
+    sequence: int
+    study: str
+    series: str
+    sop: str
+    action: str
+    state: str
+    timestamp: str
+    partition: str | None = None
+    metadata: dict[str, msgspec.Raw] | None = None
+
+
+_DOCUMENTED = msgspec.json.Decoder(list[_Documented])
 _PAGE = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
 def page(content: bytes, *, alone: int | None = None) -> list[Entry]:
     """Read a page (a JSON array), ascending. `alone`: the one sequence that was asked for. Raises `ValueError`."""
+    return sorted(_entries(content, alone), key=lambda entry: entry.sequence)
+
+
+def _entries(content: bytes, alone: int | None) -> list[Entry]:
+    try:
+        documented = _DOCUMENTED.decode(content)
+    except msgspec.DecodeError:
+        return [parse(one, sequence=alone) for one in _objects(content)]
+    return [
+        _entry(
+            _sequence(one.sequence, alone),
+            (_uid(one.study), _uid(one.series), _uid(one.sop)),
+            action=one.action,
+            state=one.state,
+            timestamp=one.timestamp,
+            partition=one.partition,
+            metadata=DataSet(one.metadata) if one.metadata else None,
+        )
+        for one in documented
+    ]
+
+
+def _objects(content: bytes) -> list[Json]:
     try:
         raw = _PAGE.decode(content)
     except msgspec.ValidationError:  # an array of something else, maybe
         raw = orjson.loads(content)
     if not isinstance(raw, list):
         raise ValueError("a change feed page is a JSON array")  # noqa: TRY004 - as undecodable as JSON that is cut
-    return sorted((parse(one, sequence=alone) for one in raw), key=lambda entry: entry.sequence)
+    return raw
 
 
 def parse(raw: Json, *, sequence: int | None = None) -> Entry:
@@ -85,30 +133,56 @@ def parse(raw: Json, *, sequence: int | None = None) -> Entry:
     metadata = _metadata(fields.pop("metadata", None))
     if any(isinstance(value, msgspec.Raw) for value in fields.values()):
         fields = dict(zip(fields, orjson.loads(b"[" + b",".join(fields.values()) + b"]"), strict=True))
-    own = fields.get("sequence")
+    uids = (_uid(fields.get(name)) for name in ("studyinstanceuid", "seriesinstanceuid", "sopinstanceuid"))
+    return _entry(
+        _sequence(fields.get("sequence"), sequence),
+        tuple(uids),
+        action=fields.get("action"),
+        state=fields.get("state"),
+        timestamp=fields.get("timestamp"),
+        partition=fields.get("partitionname"),
+        metadata=metadata,
+    )
+
+
+def _sequence(own: Json, asked: int | None) -> int:
     if isinstance(own, int) and not isinstance(own, bool) and 0 < own < 2**63:
-        sequence = own
-    elif sequence is None:
+        return own
+    if asked is None:
         raise ValueError("a change feed entry without a sequence")
-    uids = [_uid(fields.get(name)) for name in ("studyinstanceuid", "seriesinstanceuid", "sopinstanceuid")]
-    missing = [name for name, uid in zip(("study", "series", "SOP instance"), uids, strict=True) if uid is None]
-    if missing:
-        problem = f"the entry has no valid {' and no valid '.join(missing)} UID"
-        return Malformed(sequence, _failed("malformed-entry", problem), *uids)
+    return asked
+
+
+def _entry(
+    sequence: int,
+    uids: tuple[str | None, ...],
+    *,
+    action: Json,
+    state: Json,
+    timestamp: Json,
+    partition: Json,
+    metadata: DataSet | None,
+) -> Entry:
+    study, series, sop = uids
+    if not (study and series and sop):
+        named = zip(("study", "series", "SOP instance"), uids, strict=True)
+        missing = " and no valid ".join(name for name, uid in named if uid is None)
+        failed = _failed("malformed-entry", f"the entry has no valid {missing} UID")
+        return Malformed(sequence, failed, study, series, sop)
     try:
-        action = Action(str(fields.get("action")).lower())
-        state = State(str(fields.get("state")).lower())
+        known = Action(str(action).lower()), State(str(state).lower())
     except ValueError:
-        return Malformed(sequence, _failed("unknown-action", "the entry's action or state is not known"), *uids)
+        failed = _failed("unknown-action", "the entry's action or state is not known")
+        return Malformed(sequence, failed, study, series, sop)
     return ChangeFeedEntry(
         sequence=sequence,
-        study_uid=uids[0] or "",
-        series_uid=uids[1] or "",
-        sop_uid=uids[2] or "",
-        action=action,
-        state=state,
-        timestamp=_timestamp(fields.get("timestamp")),
-        partition=_text(fields.get("partitionname")),
+        study_uid=study,
+        series_uid=series,
+        sop_uid=sop,
+        action=known[0],
+        state=known[1],
+        timestamp=_timestamp(timestamp),
+        partition=_text(partition),
         metadata=metadata,
     )
 

@@ -5,7 +5,7 @@ transaction's `etag`, lists no `batch` and no `updateCreate` though it has both,
 minute unless told `no-cache`; Azure refuses strong ETags. References: Azure `microsoft/fhir-server`, HAPI 8.8.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
@@ -46,6 +46,15 @@ def by_identifier(resource_type: str, system: str | None, value: str) -> Query:
     return Query(resource_type, (("identifier", resources.token(system, value)),))
 
 
+def by_identifiers(
+    resource_type: str, identities: Iterable[tuple[str | None, str]], *, elements: str | None = None
+) -> Query:
+    """All resources with one of these identifiers, or no more than some `elements` of them."""
+    tokens = ",".join(resources.token(*identity) for identity in identities)
+    only = (("_elements", elements),) if elements else ()
+    return Query(resource_type, (("identifier", tokens), *only, ("_count", "100")))
+
+
 class FhirService:
     """One FHIR R4 service. Every method may raise `Unavailable` and `Denied`."""
 
@@ -59,6 +68,11 @@ class FhirService:
     def requests(self) -> int:
         """HTTP requests sent so far."""
         return self._service.requests
+
+    @property
+    def parallel(self) -> int:
+        """Requests that may be under way at once, at present."""
+        return self._service.parallel
 
     async def close(self) -> None:
         """Drop all connections."""
@@ -122,7 +136,9 @@ class FhirService:
     async def _statement(self) -> Json:
         try:
             response = await self._service.read("GET", "/metadata", headers=_READ)
-        except (errors.Rejected, errors.Conflict) as refused:
+        except errors.Conflict as refused:
+            raise errors.Unavailable("fhir", str(refused)) from None
+        except errors.Rejected as refused:
             raise errors.Incompatible(
                 f"{self._service.url}/metadata: {refused}; is fhir.url the base URL of a FHIR R4 service?"
             ) from None

@@ -249,6 +249,10 @@ class Mapping:
 
     def endpoint(self) -> dict[str, Json]:
         """The Endpoint. Raises `errors.Misconfigured` where the context lacks what one needs."""
+        return {**self._endpoint}
+
+    @functools.cached_property
+    def _endpoint(self) -> dict[str, Json]:
         resource = {"resourceType": "Endpoint", **self._layout.write("endpoint", {}, self._layout.fixed["endpoint"])}
         found = [
             f"endpoint {problem.element}: {problem.reason}" for problem in validation.problems("endpoint", resource)

@@ -27,6 +27,7 @@ _MODELS = {
     "report": f"{_PACKAGE}.observation.Observation",
 }
 # FHIR R4 string: no control characters but tab, line feed, carriage return. A lone surrogate can't be sent at all.
+_HARMLESS = re.compile("[!-~][ -~]{0,63}")
 _UNWANTED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]")
 _ABSOLUTE = ("system", "url", "address")  # Reference.type is a uri too, and "Patient" is right there
 
@@ -88,7 +89,7 @@ def problems(place: str, content: Json, *, models: bool = True) -> list[Problem]
     `models=False` leaves fhir.resources out, for measurements.
     """
     model = _model_of(place)
-    shape = _shape(content) if place == "instance" and isinstance(content, dict) else None
+    shape = _shape(model, content) if place in ("series", "instance") and isinstance(content, dict) else None
     if shape in _accepted and all(_passes(model, name, value, models=models) for name, value in content.items()):
         return []
     found = [Problem(path[0], reason) for path, reason in _check(model, content, ())]
@@ -102,15 +103,15 @@ def problems(place: str, content: Json, *, models: bool = True) -> list[Problem]
     return found
 
 
-# Instances are many and alike. Where the model has accepted one with the same elements and the same complex values, it
-# is left to the model's fields to judge the primitive ones: a fiftieth of the time, and the same verdict.
+# Series and instances are many and alike. Where the model has accepted one with the same elements and the same complex
+# values, it is left to the model's fields to judge the primitive ones: a fiftieth of the time, and the same verdict.
 _accepted: set[tuple[str | bytes, ...]] = set()
 _SHAPES = 1_000
 
 
-def _shape(content: dict[str, Json]) -> tuple[str | bytes, ...] | None:
+def _shape(model: str, content: dict[str, Json]) -> tuple[str | bytes, ...] | None:
     try:
-        return tuple(
+        return model, *(
             orjson.dumps((name, value)) if isinstance(value, dict | list) else name for name, value in content.items()
         )
     except TypeError:
@@ -167,6 +168,8 @@ def _primitive(field: _Field, name: str, value: Json) -> str | None:
     if value is None or value in ([], {}, ""):
         return "empty"
     if not isinstance(value, str):
+        return None
+    if _HARMLESS.fullmatch(value) and not field.codes and name not in _ABSOLUTE:
         return None
     wrong = {
         "blank": not value.strip(),

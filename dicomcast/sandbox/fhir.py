@@ -13,7 +13,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}", re.ASCII)
 _TYPE = re.compile(r"[A-Z][A-Za-z]+", re.ASCII)
 _WEAK = re.compile(r'W/"([^"]*)"')
 _MEDIA = {"application/fhir+json", "application/json"}
-_CONTROLS = {"_count", "_total", "_summary", "_sort", "_format", "_pretty"}
+_CONTROLS = {"_count", "_total", "_summary", "_sort", "_elements", "_format", "_pretty"}
 _SORTS = {"_id": "id", "-_id": "id DESC", "_lastUpdated": "updated", "-_lastUpdated": "updated DESC"}
 _SEARCHES_KEPT = 200
 
@@ -68,9 +68,28 @@ class Options:
     total: bool = True  # False leaves Bundle.total out
     url_bytes: int | None = None  # longer request targets are 414 with an HTML body, as from Tomcat or Jetty (8192)
     bare_etags: bool = False  # response.etag of a bundle entry as `3` instead of `W/"3"`, as HAPI
+    keep_tags: bool = False  # HAPI only ever adds tags: what an update leaves out stays
+    reuse: float = 0.0  # seconds that an equal search gets its old result unless it says no-cache, as HAPI (60)
+    lag: float = 0.0  # seconds until search finds what was written, whatever it says, as Google and HealthLake
     validate: bool = True
     token: str | None = None  # the bearer token without which everything is 401
+    software: str = "dicomcast sandbox"
     now: Callable[[], datetime] | None = None
+
+
+HAPI = Options(
+    stale_status=409,
+    delete_checks_version=False,
+    update_create=False,
+    references=True,
+    total=False,
+    bare_etags=True,
+    keep_tags=True,
+    reuse=60.0,
+    url_bytes=8192,
+    software="HAPI FHIR Server",
+)
+"""Near HAPI 8.8 as it comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,7 @@ class _Interaction:
     if_none_exist: str | None = None
     if_none_match: str | None = None
     new_id: str | None = None  # for a create whose id a transaction has promised already
+    fresh: bool = True  # False where the answer to an equal search may be given again
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +143,8 @@ class _Service:
     def __init__(self, connection: sqlite3.Connection, options: Options):
         self.options = options
         self._db = connection
-        self._searches: OrderedDict[str, tuple[str, list[str], int]] = OrderedDict()
+        self._searches: OrderedDict[str, tuple[str, list[str], int, str | None]] = OrderedDict()
+        self._results: OrderedDict[tuple[str, tuple[tuple[str, str], ...]], tuple[datetime, list[str]]] = OrderedDict()
         self._touched: list[tuple[str, str]] | None = None
         self._base = ""
 
@@ -169,6 +190,7 @@ class _Service:
             headers.get("if-match"),
             headers.get("if-none-exist"),
             headers.get("if-none-match"),
+            fresh="no-cache" in headers.get("cache-control", ""),
         )
 
     def _respond(self, outcome: _Outcome, *, created: bool = False) -> Response:
@@ -198,7 +220,7 @@ class _Service:
             raise resources.Invalid("not-supported", f"no resource type {kind[:64]}", status=404)
         match what.method, segments[1:]:
             case ("GET", []) | ("POST", ["_search"]):
-                return _Outcome(200, orjson.dumps(self._search(kind, what.query)))
+                return _Outcome(200, orjson.dumps(self._search(kind, what.query, fresh=what.fresh)))
             case ("POST", []):
                 return self._create(kind, what)
             case ("PUT", []):
@@ -223,7 +245,7 @@ class _Service:
             offset = query.get("_offset", "0")
             return _Outcome(200, orjson.dumps(self._page(query["_getpages"], int(offset) if offset.isdecimal() else 0)))
         if what.method == "POST":
-            return _Outcome(200, orjson.dumps(self._bundle(what.resource)))
+            return _Outcome(200, orjson.dumps(self._bundle(what.resource, fresh=what.fresh)))
         raise resources.Invalid("not-supported", "nothing is supported here but bundles", status=405)
 
     def _row(self, kind: str, name: str) -> sqlite3.Row | None:
@@ -314,6 +336,8 @@ class _Service:
         """Store a new version; the same content again makes none."""
         if self.options.validate:
             resources.check(kind, resource)
+        if self.options.keep_tags and row is not None and row["body"]:
+            resource = resources.with_tags_of(resource, resources.parse(row["body"]))
         digest = resources.digest(resource)
         if row is not None and row["digest"] == digest:
             return _outcome(200, row)
@@ -343,9 +367,11 @@ class _Service:
         rows = {(kind, name, *entry) for entry in resources.index(kind, resource, self._base)} if resource else set()
         self._db.executemany("INSERT INTO token VALUES (?, ?, ?, ?, ?)", rows)
 
-    def _now(self) -> str:
-        now = self.options.now() if self.options.now else datetime.now(UTC)
-        return now.isoformat(timespec="milliseconds")
+    def _now(self, ago: float = 0.0) -> str:
+        return (self._moment() - timedelta(seconds=ago)).isoformat(timespec="milliseconds")
+
+    def _moment(self) -> datetime:
+        return self.options.now() if self.options.now else datetime.now(UTC)
 
     @contextlib.contextmanager
     def _atomic(self) -> Iterator[None]:
@@ -416,10 +442,13 @@ class _Service:
         return _outcome(200, row)
 
     def _matches(self, kind: str, query: Pairs, *, conditional: bool = False, order: str = "key") -> list[str]:
-        """The ids that a query matches."""
+        """The ids that a query matches; a condition is never behind."""
         if conditional and not query:
             raise resources.Invalid("invalid", "a condition needs a search parameter", status=412)
         conditions, values = ["type = ?", "deleted = 0"], [kind]
+        if self.options.lag and not conditional:
+            conditions.append("updated <= ?")
+            values.append(self._now(ago=self.options.lag))
         for name, text in query:
             condition, wanted = resources.condition(kind, name, text, self._base)
             conditions.append(condition)
@@ -427,7 +456,21 @@ class _Service:
         sql = f"SELECT id FROM resource WHERE {' AND '.join(conditions)} ORDER BY {order}"  # noqa: S608
         return [row[0] for row in self._db.execute(sql, values)]
 
-    def _search(self, kind: str, query: Pairs) -> dict[str, Json]:
+    def _found(self, kind: str, query: Pairs, *, order: str, fresh: bool) -> list[str]:
+        """What a search finds, or has found `reuse` seconds ago or less."""
+        key, now = (kind, tuple(query)), self._moment()
+        if not fresh and self.options.reuse and key in self._results:
+            since, names = self._results[key]
+            if (now - since).total_seconds() <= self.options.reuse:
+                return names
+        names = self._matches(kind, query, order=order)
+        if not fresh and self.options.reuse:
+            self._results[key] = (now, names)
+            if len(self._results) > _SEARCHES_KEPT:
+                self._results.popitem(last=False)
+        return names
+
+    def _search(self, kind: str, query: Pairs, *, fresh: bool) -> dict[str, Json]:
         """The first page of a search; the others are kept under a name, as HAPI does."""
         controls = dict(pair for pair in query if pair[0] in _CONTROLS)
         sort = controls.get("_sort")
@@ -437,12 +480,12 @@ class _Service:
         if not re.fullmatch(r"\d{1,6}", count, re.ASCII):
             raise resources.Invalid("invalid", "_count must be a number", status=400)
         wanted = [pair for pair in query if pair[0] not in _CONTROLS and pair[0] not in self.options.unknown]
-        names = self._matches(kind, wanted, order=_SORTS[sort] if sort else "key")
+        names = self._found(kind, wanted, order=_SORTS[sort] if sort else "key", fresh=fresh)
         size = min(int(count), self.options.page_most)
         if size == 0 or controls.get("_summary") == "count":
             return {"resourceType": "Bundle", "type": "searchset", "total": len(names)}
         search = uuid.uuid4().hex
-        self._searches[search] = (kind, names, size)
+        self._searches[search] = (kind, names, size, controls.get("_elements"))
         if len(self._searches) > _SEARCHES_KEPT:
             self._searches.popitem(last=False)
         bundle = self._page(search, 0)
@@ -455,12 +498,12 @@ class _Service:
     def _page(self, search: str, offset: int) -> dict[str, Json]:
         if search not in self._searches:
             raise resources.Invalid("deleted", "this search is gone", status=410)
-        kind, names, size = self._searches[search]
+        kind, names, size, elements = self._searches[search]
         rows = [self._row(kind, name) for name in names[offset : offset + size]]
         entries = [
             {
                 "fullUrl": f"{self._base}/{kind}/{row['id']}",
-                "resource": orjson.Fragment(row["body"]),
+                "resource": orjson.Fragment(resources.subset(row["body"], elements)),
                 "search": {"mode": "match"},
             }
             for row in rows
@@ -476,7 +519,7 @@ class _Service:
 
     # Bundles
 
-    def _bundle(self, bundle: Json) -> dict[str, Json]:
+    def _bundle(self, bundle: Json, *, fresh: bool) -> dict[str, Json]:
         """A batch, each entry on its own, or a transaction, all or nothing."""
         kind = bundle.get("type") if isinstance(bundle, dict) and bundle.get("resourceType") == "Bundle" else None
         if kind not in ("batch", "transaction") or not getattr(self.options, kind):
@@ -490,13 +533,13 @@ class _Service:
             with self._atomic():
                 answers = self._transaction(entries)
         else:
-            answers = [self._one(entry) for entry in entries]
+            answers = [self._one(entry, fresh=fresh) for entry in entries]
         return {"resourceType": "Bundle", "type": f"{kind}-response", "entry": answers}
 
-    def _one(self, entry: Json) -> dict[str, Json]:
+    def _one(self, entry: Json, *, fresh: bool) -> dict[str, Json]:
         """One entry of a batch; its refusal is its own."""
         try:
-            return self._entry(self._interact(_interaction(entry)))
+            return self._entry(self._interact(dataclasses.replace(_interaction(entry), fresh=fresh)))
         except resources.Invalid as invalid:
             outcome = orjson.Fragment(invalid.body())
             return {"response": {"status": _line(invalid.status or self.options.invalid_status), "outcome": outcome}}
@@ -577,7 +620,7 @@ class _Service:
             "status": "active",
             "date": "2024-01-01",
             "kind": "instance",
-            "software": {"name": "dicomcast sandbox"},
+            "software": {"name": self.options.software},
             "fhirVersion": "4.0.1",
             "format": ["application/fhir+json", "json"],
             "rest": [rest],

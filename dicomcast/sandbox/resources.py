@@ -126,6 +126,15 @@ def digest(resource: Mapping[str, Json]) -> str:
 _OURS = ("versionId", "lastUpdated")
 
 
+def with_tags_of(resource: Mapping[str, Json], before: Mapping[str, Json]) -> dict[str, Json]:
+    """The resource with the tags of the version that it replaces, and its own."""
+    meta = resource.get("meta") or {}
+    old, new = ((one.get("meta") or {}).get("tag") or [] for one in (before, resource))
+    known = {(tag.get("system"), tag.get("code")) for tag in old}
+    tags = [*old, *(tag for tag in new if (tag.get("system"), tag.get("code")) not in known)]
+    return {**resource, "meta": {**meta, "tag": tags}} if tags else dict(resource)
+
+
 def check(kind: str, resource: Json) -> None:
     """Raise Invalid for what R4 does not allow: structure, cardinality, types, ids and required codes."""
     if not isinstance(resource, dict) or resource.get("resourceType") != kind:
@@ -229,6 +238,14 @@ _FORMS: dict[str, Callable[[Json, str], Iterator[tuple[str, str]]]] = {
 def _plain(text: str) -> str:
     decomposed = unicodedata.normalize("NFD", text)
     return "".join(char for char in decomposed if not unicodedata.combining(char)).casefold()
+
+
+def subset(body: bytes, elements: str | None) -> bytes:
+    """The body with no more than these elements (`_elements`), and what every resource has; whole for None."""
+    if elements is None:
+        return body
+    wanted = {"resourceType", "id", "meta", *elements.split(",")}
+    return orjson.dumps({name: value for name, value in parse(body).items() if name in wanted})
 
 
 def condition(kind: str, name: str, text: str, base: str) -> tuple[str, list[str]]:

@@ -8,11 +8,11 @@ somebody else gets `LeaseLost` and has changed nothing.
 import contextlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -20,6 +20,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from dicomcast import errors
 from dicomcast.clock import Clock
 from dicomcast.state import schema, tables
+
+_T = TypeVar("_T")
 
 Row = dict[str, Any]
 
@@ -242,24 +244,26 @@ class Store:
             )
             return {row.sequence: row.first_missed for row in rows}
 
-    def study(self, lease: Lease, study_uid: str) -> tuple[Study | None, bool]:
-        """The study's row, and whether it has failures that are not over."""
+    def studies(self, lease: Lease, uids: Collection[str]) -> dict[str, tuple[Study | None, bool]]:
+        """Of each study its row, and whether it has failures that are not over."""
         table, failure = tables.study, tables.failure
+        found: dict[str, tuple[Study | None, bool]] = dict.fromkeys(uids, (None, False))
         with self._transaction() as connection:
-            row = connection.execute(
-                sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.study_instance_uid == study_uid)
-            ).first()
-            failing = connection.execute(
-                sa.select(failure.c.id)
-                .where(
-                    failure.c.feed_id == lease.feed_id,
-                    failure.c.study_instance_uid == study_uid,
-                    failure.c.status.in_(ATTENTION),
-                    failure.c.kind != "partition",
-                )
-                .limit(1)
-            ).first()
-        return (Study(**_without_feed(row)) if row else None), failing is not None
+            for some in _chunks(sorted(uids), 500):
+                rows = connection.execute(
+                    sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.study_instance_uid.in_(some))
+                ).all()
+                failing = connection.execute(
+                    sa.select(failure.c.study_instance_uid).where(
+                        failure.c.feed_id == lease.feed_id,
+                        failure.c.study_instance_uid.in_(some),
+                        failure.c.status.in_(ATTENTION),
+                        failure.c.kind != "partition",
+                    )
+                ).scalars()
+                found |= {row.study_instance_uid: (Study(**_without_feed(row)), False) for row in rows}
+                found |= {uid: (found[uid][0], True) for uid in failing}
+        return found
 
     def patient(self, lease: Lease, fhir_id: str) -> Patient | None:
         """The Patient's row."""
@@ -551,6 +555,6 @@ def _without_feed(row: Any) -> Row:
     return {name: value for name, value in row._mapping.items() if name != "feed_id"}
 
 
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]

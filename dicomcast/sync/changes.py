@@ -3,6 +3,7 @@
 An entry is reduced on arrival to what the rules read of it (`mapping.Instance`); its metadata is dropped.
 """
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -121,6 +122,9 @@ class Buffer:
         self._settle = settle
         self._limit = limit
         self._studies: dict[str, StudyChange] = {}
+        self._draining = False
+        self.room = asyncio.Event()
+        """Set when something was taken out."""
 
     def __len__(self) -> int:
         """Studies that wait."""
@@ -147,11 +151,13 @@ class Buffer:
 
     def take(self, study_uid: str) -> StudyChange | None:
         """Remove and return what is pending of a study."""
+        self.room.set()
         return self._studies.pop(study_uid, None)
 
     def due_behind(self, feed_time: datetime | None) -> Iterator[StudyChange]:
-        """While catching up: what is quiet in feed time, and the longest untouched while more than half full."""
-        excess = self._entries - self._limit // 2 if self.full else 0
+        """While catching up: what is quiet in feed time; once full, the longest untouched until half empty."""
+        self._draining = self.full or (self._draining and self._entries > self._limit // 2)
+        excess = self._entries - self._limit // 2 if self._draining else 0
         for change in list(self):
             quiet = timedelta(seconds=self._quiet(len(change.instances)))
             if excess > 0:

@@ -126,7 +126,8 @@ class Intake:
                 self._read_to = end
                 self.moved.set()
                 while self._buffer.full:
-                    await self._patience.wait(1.0)
+                    self._buffer.room.clear()
+                    await self._patience.wait(1.0, moved=self._buffer.room)
 
     async def _page(self, after: int, latest: int) -> list[feed.Entry]:
         page = partial(self._dicom.page, after, width=min(PAGE, latest - after))

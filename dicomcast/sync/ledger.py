@@ -6,7 +6,7 @@ or to the database unless a quarter of the lease is left on our own clock: fenci
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -172,9 +172,13 @@ class Ledger:
 
     async def study(self, study_uid: str) -> tuple[store.Study | None, bool]:
         """The study's row, and whether failures of it are open."""
-        if any(study_uid in effects.studies for effects in (self._effects, self._writing) if effects):
+        return (await self.studies([study_uid]))[study_uid]
+
+    async def studies(self, uids: Collection[str]) -> dict[str, tuple[store.Study | None, bool]]:
+        """The same of several."""
+        if any(not effects.studies.keys().isdisjoint(uids) for effects in (self._effects, self._writing) if effects):
             await self.commit()
-        return await asyncio.to_thread(self._store.study, self.lease, study_uid)
+        return await asyncio.to_thread(self._store.studies, self.lease, uids)
 
     async def patient(self, fhir_id: str) -> store.Patient | None:
         """The Patient's row."""
@@ -252,7 +256,7 @@ async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         raise
 
 

@@ -5,15 +5,16 @@ Searches are hints and ETags the truth: a stale hit ends in a conflict, and a co
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from dicomcast import errors, mapping, settings
+from dicomcast.clock import Clock
 from dicomcast.decimals import Json
 from dicomcast.fhir import resources
 from dicomcast.fhir.resources import Held, Write, Written
-from dicomcast.fhir.service import FhirService, Query, by_identifier
+from dicomcast.fhir.service import FhirService, Query, by_identifier, by_identifiers
 from dicomcast.state import store
 from dicomcast.sync import plan
 from dicomcast.sync.changes import StudyChange
@@ -22,7 +23,12 @@ from dicomcast.sync.ledger import Ledger
 PatientKey = tuple[str | None, str]
 """Identifier system and PatientID."""
 
+_Name = tuple[str, str | None, str]
+"""Resource type, and system and value of an identifier."""
+_ENDPOINT: _Name = ("Endpoint", None, "")
+
 _REMEMBERED = 10_000
+_HINT_LASTS = 60.0
 _MERGES = 5
 """Longest chain of merged Patients that is followed."""
 
@@ -45,7 +51,7 @@ class _Deferred:
     shown: store.Patient | None
     """The Patient's row, if it shows these demographics already."""
     sequences: list[int]
-    """Entries that are not settled before."""
+    """Entries whose study is settled, and which are not settled before this is."""
 
 
 class Links:
@@ -60,9 +66,11 @@ class Links:
         naming: plan.Naming,
         policy: str,
         addresses: frozenset[str],
+        clock: Clock,
     ):
         self._fhir = fhir
         self._ledger = ledger
+        self._clock = clock
         self._rules = rules
         self._naming = naming
         self._policy = policy
@@ -73,44 +81,97 @@ class Links:
         self._endpoint_lock = asyncio.Lock()
         self._intended: dict[PatientKey, store.Patient] = {}
         self._deferred: dict[PatientKey, _Deferred] = {}
+        self._hints: dict[_Name, tuple[float, list[Held]]] = {}
         self.behind = True
 
     @asynccontextmanager
     async def holding(self, key: PatientKey) -> AsyncIterator[None]:
-        """Alone with what is not known yet: one at a time looks up, and maybe creates, Endpoint and Patient."""
+        """Alone with what may have to be written: Endpoint and Patient until they are there, and a Patient of ours."""
         async with AsyncExitStack() as stack:
             await _alone(stack, self._endpoint_lock, lambda: self._endpoint is not None)
             if self._policy != "identifier-only":
                 lock = self._patient_locks.setdefault(key, asyncio.Lock())
-                await _alone(stack, lock, lambda: key in self._patients)
+                await _alone(stack, lock, lambda: key in self._patients and not self._changeable(self._patients[key]))
             yield
 
     async def study(self, study_uid: str) -> Held | None:
         """The ImagingStudy of a study, by search."""
-        (hits,) = await self._fhir.search([_study_query(study_uid)])
-        return _of_study(hits, study_uid)
+        identity = _study_identity(study_uid)
+        (hits,) = await self._fhir.search([by_identifier("ImagingStudy", *identity)])
+        return _only(_carrying(hits, *identity))
+
+    def unknown(self, key: PatientKey, *, study_uid: str | None) -> bool:
+        """Whether FHIR must be asked before a study of this patient is written; `study_uid`: of a study new to us.
+
+        What somebody is creating just now is not asked for, but waited for.
+        """
+        lock = self._patient_locks.get(key)
+        waited = {"Endpoint"} if self._endpoint_lock.locked() else set()
+        waited |= {"Patient"} if lock and lock.locked() else set()
+        return any(name[0] not in waited for name in self._unknown([study_uid] if study_uid else [], [key]))
+
+    def _unknown(self, studies: Iterable[str], patients: Iterable[PatientKey]) -> dict[_Name, None]:
+        wanted: list[_Name] = [("ImagingStudy", *_study_identity(uid)) for uid in studies]
+        if self._policy != "identifier-only":
+            wanted += [("Patient", *key) for key in patients if key not in self._patients]
+        if self._endpoint is None:
+            wanted.append(_ENDPOINT)
+        since = self._clock.monotonic() - _HINT_LASTS
+        return {name: None for name in wanted if name not in self._hints or self._hints[name][0] < since}
+
+    async def look_up(self, studies: Iterable[str], patients: Iterable[PatientKey]) -> None:
+        """Ask for many at once; what comes of it is good for one attempt of each, within a minute.
+
+        Of an ImagingStudy it asks only who it is: those of a lost database, whole, would not fit into memory.
+        """
+        wanted = self._unknown(studies, patients)
+        queries = []
+        for kind, elements in (("ImagingStudy", "identifier"), ("Patient", None)):
+            if identities := [name[1:] for name in wanted if name[0] == kind]:
+                queries.append(by_identifiers(kind, identities, elements=elements))
+        ours = self._endpoint_queries() if _ENDPOINT in wanted else []
+        answers = await self._fhir.search([*queries, *ours])
+        found = {query.type: hits for query, hits in zip(queries, answers, strict=False)}
+        now = self._clock.monotonic()
+        self._hints = {name: hint for name, hint in self._hints.items() if now - hint[0] < _HINT_LASTS}
+        self._hints |= {name: (now, _carrying(found[name[0]], *name[1:])) for name in wanted if name != _ENDPOINT}
+        if ours and self._endpoint is None:  # a lane may have created it since
+            self._endpoint = self._our_endpoint(*answers[len(queries) :])
+            self._hints[_ENDPOINT] = now, []
 
     async def around(self, key: PatientKey, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
-        """Patient and Endpoint, and with `study_uid` the ImagingStudy: one batch for whatever is not known."""
-        patient, endpoint = self._patients.get(key), self._endpoint
-        queries = [_study_query(study_uid)] if study_uid else []
-        if patient is None and self._policy != "identifier-only":
-            queries.append(by_identifier("Patient", *key))
-        if endpoint is None:
-            queries += self._endpoint_queries()
-        hits = iter(await self._fhir.search(queries) if queries else ())
-        study = _of_study(next(hits), study_uid) if study_uid else None
-        if patient is None and self._policy != "identifier-only":
-            found = _one(next(hits), *key)
-            patient = self._remember(key, await self._surviving(found)) if found else None
-        if endpoint is None:
-            endpoint = self._endpoint = self._our_endpoint(next(hits), next(hits))
-        return Around(key, patient, endpoint), study
+        """Patient and Endpoint; with `study_uid` also who its ImagingStudy is, if there is one."""
+        studies = [study_uid] if study_uid else []
+        if self._unknown(studies, [key]):
+            await self.look_up(studies, [key])
+        _, of_study = self._hints.pop(("ImagingStudy", *_study_identity(study_uid or "")), (0.0, []))
+        _, of_patient = self._hints.pop(("Patient", *key), (0.0, []))
+        if self._endpoint is None:
+            self._hints.pop(_ENDPOINT, None)
+        patient = self._patients.get(key)
+        if patient is None and (found := _only(of_patient)) is not None:
+            patient = self._remember(key, await self._surviving(found))
+        return Around(key, patient, self._endpoint), _only(of_study)
+
+    async def permitted(self) -> bool:
+        """Probe: whether our credentials may write at all. Our Endpoint, where there is one, can be written again."""
+        try:
+            held = self._our_endpoint(*await self._fhir.search(self._endpoint_queries()))
+            if held is None:
+                return False
+            await self._fhir.write([plan.again(held, rules=self._rules, naming=self._naming)])
+        except errors.Conflict:
+            return True
+        except errors.Error:
+            return False
+        return True
 
     def forget(self, key: PatientKey | None, *, refused: bool) -> None:
         """Look again. `refused`: nothing was written, so the Patient's version is still what it was."""
         self._endpoint = None
+        self._hints.pop(_ENDPOINT, None)
         if key is not None:
+            self._hints.pop(("Patient", *key), None)
             self._patients.pop(key, None)
             before = self._intended.pop(key, None)
             if before is not None and refused:
@@ -195,18 +256,24 @@ class Links:
                 yield one.study_uid, one.sequences
 
     def _defer(self, key: PatientKey, change: StudyChange, *, sequence: int, shown: store.Patient | None) -> None:
-        """Keep the newest demographics of a patient in mind; while they are not shown, their entries stay unsettled."""
+        """Keep the newest demographics of a patient in mind."""
         before = self._deferred.get(key)
         if before is not None and before.sequence > sequence:
             return
         sequences: list[int] = []
-        if shown is None:
-            sequences, change.sequences = change.sequences, []
         if before is not None and before.study_uid == change.study_uid and shown is None:
-            sequences = before.sequences + sequences
+            sequences = before.sequences
         elif before is not None:
             self._ledger.release(before.sequences)
         self._deferred[key] = _Deferred(sequence, change.study_uid, shown, sequences)
+
+    def settled(self, change: StudyChange) -> list[int]:
+        """The entries that are settled with their study; those whose demographics wait are not."""
+        waiting = self._deferred.get(change.patient_key) if change.patient_key else None
+        if waiting is None or waiting.study_uid != change.study_uid or waiting.shown is not None:
+            return change.sequences
+        waiting.sequences.extend(change.sequences)
+        return []
 
     def _endpoint_queries(self) -> list[Query]:
         wanted = self._rules.endpoint()
@@ -233,7 +300,7 @@ class Links:
     def _our_endpoint(self, by_identifier: list[Held], by_connection: list[Held]) -> Held | None:
         """The Endpoint with our identifier, else one with our address: DicomCast's had no identifier."""
         identifier = self._rules.endpoint()["identifier"][0]
-        found = _one(by_identifier, identifier["system"], identifier["value"])
+        found = _only(_carrying(by_identifier, identifier["system"], identifier["value"]))
         if found is None:
             alike = [
                 one
@@ -244,9 +311,12 @@ class Links:
             found = min(alike, key=lambda one: one.id, default=None)
         return found
 
+    def _changeable(self, patient: Held) -> bool:
+        return self._policy == "create-or-update" or resources.is_tagged(patient.resource)
+
     def _remember(self, key: PatientKey, held: Held) -> Held:
         """Of a Patient that we may not change, the id is all that is needed."""
-        if not resources.is_tagged(held.resource) and self._policy != "create-or-update":
+        if not self._changeable(held):
             held = replace(held, resource={"resourceType": "Patient"})
         self._patients[key] = held
         self._patients.move_to_end(key)
@@ -256,12 +326,8 @@ class Links:
         return held
 
 
-def _study_query(study_uid: str) -> Query:
-    return by_identifier("ImagingStudy", "urn:dicom:uid", f"urn:oid:{study_uid}")
-
-
-def _of_study(hits: list[Held], study_uid: str) -> Held | None:
-    return _one(hits, "urn:dicom:uid", f"urn:oid:{study_uid}")
+def _study_identity(study_uid: str) -> tuple[str, str]:
+    return "urn:dicom:uid", f"urn:oid:{study_uid}"
 
 
 async def _alone(stack: AsyncExitStack, lock: asyncio.Lock, known: Callable[[], bool]) -> None:
@@ -275,10 +341,13 @@ async def _alone(stack: AsyncExitStack, lock: asyncio.Lock, known: Callable[[], 
         stack.callback(lock.release)
 
 
-def _one(hits: list[Held], system: str | None, value: str) -> Held | None:
-    """The one resource that carries the identifier. Raises `StudyFailed` if there are several: none is picked."""
-    true = [held for held in hits if resources.has_identifier(held.resource, system=system, value=value)]
-    if len(true) > 1:
-        message = f"{len(true)} {true[0].type} resources carry this identifier: merge them, then replay"
+def _carrying(hits: list[Held], system: str | None, value: str) -> list[Held]:
+    """Those that do carry it: some servers ignore what they can't search by, and many are asked for at once."""
+    return [held for held in hits if resources.has_identifier(held.resource, system=system, value=value)]
+
+
+def _only(hits: list[Held]) -> Held | None:
+    if len(hits) > 1:
+        message = f"{len(hits)} {hits[0].type} resources carry this identifier: merge them, then replay"
         raise errors.StudyFailed("ambiguous", message, stage="write")
-    return true[0] if true else None
+    return hits[0] if hits else None

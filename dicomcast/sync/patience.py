@@ -1,13 +1,13 @@
 """Waiting: for a service that is unavailable, for the lease, for something to do, and never past the stop event.
 
-An outage is not a failure. Whoever meets `Unavailable` pauses here and tries again; what is troubled is known per
-service, and only that service's own answer clears it.
+An outage is not a failure. Whoever meets `Unavailable` notes it here, and from then on the circuit of that service is
+open: all wait, one at a time tries again, and the service's own answer closes the circuit for all.
 """
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -20,6 +20,7 @@ _T = TypeVar("_T")
 LONGEST_PAUSE = 30.0
 _LONGEST_ASKED = 600.0
 """Seconds that a `Retry-After` is believed: a wrong date must not stop the worker for years."""
+_LEASE_PAUSE = 1.0
 
 log = structlog.get_logger("dicomcast.sync")
 
@@ -28,10 +29,16 @@ class Stopped(Exception):
     """The stop event was set while something waited."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Trouble:
+@dataclass(slots=True)
+class _Circuit:
+    """An open one. `again`: when the next may try; `probed`: one is trying since."""
+
     reason: str
     since: float
+    again: float = 0.0
+    attempts: int = 0
+    probed: bool = True
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Patience:
@@ -41,53 +48,73 @@ class Patience:
         self._clock = clock
         self._stop = stop
         self._limit = limit
-        self._troubles: dict[str, _Trouble] = {}
+        self._open: dict[str, _Circuit] = {}
 
     @property
     def trouble(self) -> str | None:
         """What is waited for; None while all is well."""
-        return "; ".join(trouble.reason for trouble in self._troubles.values()) or None
+        return "; ".join(circuit.reason for circuit in self._open.values()) or None
 
-    def well(self, *services: str) -> None:
+    def troubled(self, *circuits: str) -> bool:
+        """Whether something of these is waited for."""
+        return any(circuit in self._open for circuit in circuits)
+
+    def well(self, *circuits: str) -> None:
         """These have answered."""
-        for service in services:
-            if self._troubles.pop(service, None) is not None:
-                log.info("going on", service=service)
+        for name in circuits:
+            if (circuit := self._open.pop(name, None)) is not None:
+                circuit.closed.set()
+                log.info("going on", service=name)
+
+    def note(self, failure: errors.Unavailable | errors.LeaseHeld, *, circuit: str | None = None) -> str:
+        """Open the circuit of the service that failed, or keep it open; its name. Raises `failure` after `limit`."""
+        name = circuit or (failure.service if isinstance(failure, errors.Unavailable) else "lease")
+        now = self._clock.monotonic()
+        known = self._open.setdefault(name, _Circuit("", now))
+        if known.reason != str(failure):
+            known.reason = str(failure)
+            log.warning("waiting", reason=str(failure))
+        left = None if self._limit is None else self._limit - (now - known.since)
+        if left is not None and left <= 0:
+            raise failure
+        if known.probed:  # what others had under way says nothing new
+            known.probed = False
+            known.attempts += 1
+            seconds = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(known.attempts - 1, 10))
+            if name == "lease":
+                seconds = _LEASE_PAUSE
+            known.again = now + seconds * random.uniform(0.9, 1.1)  # noqa: S311 - jitter
+        if isinstance(failure, errors.Unavailable) and failure.retry_after is not None:
+            known.again = max(known.again, now + min(failure.retry_after, _LONGEST_ASKED))
+        if left is not None:
+            known.again = min(known.again, now + left + 0.1)
+        return name
+
+    async def turn(self, *circuits: str) -> None:
+        """Until each of these is closed, or it is our turn to try. Raises `Stopped`."""
+        for name in circuits:
+            while (circuit := self._open.get(name)) is not None:
+                left = circuit.again - self._clock.monotonic()
+                if left <= 0:
+                    # If no word comes of this try, another one follows.
+                    circuit.probed, circuit.again = True, self._clock.monotonic() + LONGEST_PAUSE
+                    break
+                await self.wait(left, moved=circuit.closed)
+                if self._stop.is_set():
+                    raise Stopped
 
     async def with_(self, service: str, action: Callable[[], Awaitable[_T]]) -> _T:
         """Do `action`, which asks `service`, again and again until it is not unavailable."""
-        attempt = 0
+        circuits = {service}
         while True:
+            await self.turn(*circuits)
             try:
                 result = await action()
             except (errors.Unavailable, errors.LeaseHeld) as failure:
-                attempt += 1
-                await self.pause(failure, attempt=attempt)
+                circuits.add(self.note(failure))
             else:
-                self.well(service)
+                self.well(*circuits)
                 return result
-
-    async def pause(self, failure: errors.Unavailable | errors.LeaseHeld, *, attempt: int) -> None:
-        """Wait before the next attempt. Raises `failure` when patience is over, and `Stopped`."""
-        service = failure.service if isinstance(failure, errors.Unavailable) else "lease"
-        now = self._clock.monotonic()
-        before = self._troubles.get(service)
-        self._troubles[service] = _Trouble(str(failure), before.since if before else now)
-        if before is None or before.reason != str(failure):
-            log.warning("waiting", reason=str(failure))
-        left = None if self._limit is None else self._limit - (now - self._troubles[service].since)
-        if left is not None and left <= 0:
-            raise failure
-        seconds = min(LONGEST_PAUSE, 0.5 * 2.0 ** min(attempt - 1, 10))
-        if service == "lease":
-            seconds = 1.0
-        elif isinstance(failure, errors.Unavailable) and failure.retry_after is not None:
-            seconds = min(failure.retry_after, _LONGEST_ASKED)
-        if left is not None:
-            seconds = min(seconds, left + 0.1)
-        await self.wait(seconds * random.uniform(0.9, 1.1))  # noqa: S311 - jitter
-        if self._stop.is_set():
-            raise Stopped
 
     async def wait(self, seconds: float, *, moved: asyncio.Event | None = None) -> None:
         """For `seconds`, or until stop, or until `moved` is set."""

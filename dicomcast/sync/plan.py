@@ -13,6 +13,8 @@ from dicomcast.fhir.resources import Held, Write
 
 WRONG = "entered-in-error"
 _FILLED = "urn:dicomcast:filled"
+_LISTED = 10_000
+"""Most instances that are listed: more, and services stop indexing them, or take minutes for each change."""
 _MARKS = 20  # so that they fit where a server keeps 200 characters of a tag (HAPI)
 
 
@@ -31,6 +33,14 @@ def endpoint(held: Held | None, *, rules: mapping.Mapping, naming: Naming) -> Wr
     if held is None:
         return _create("Endpoint", wanted, identifier=wanted["identifier"][0], naming=naming)
     return _update(held, rules.merge(held.resource, wanted), rules)
+
+
+def again(held: Held, *, rules: mapping.Mapping, naming: Naming) -> Write:
+    """A write of our Endpoint that changes nothing where it is as we want it."""
+    wanted = rules.endpoint()
+    identifier = wanted["identifier"][0]
+    query = resources.identifier_query(identifier["system"], identifier["value"])
+    return endpoint(held, rules=rules, naming=naming) or Write("Endpoint", wanted, if_none_exist=query, creates=True)
 
 
 def new_patient(wanted: Json) -> Write:
@@ -62,6 +72,20 @@ def study(held: Held | None, wanted: Json, *, rules: mapping.Mapping, naming: Na
     others = rules.fills - filled
     more = {one for one in others if rules.same(merged, rules.merge(merged, wanted, fills=frozenset((one,))))}
     return _update(held, _marked(merged, filled | more, wanted), rules)
+
+
+def listed(wanted: Json, *, instances: str) -> Json:
+    """The ImagingStudy with its instances, or where it has too many (`auto`) or may have none, with their counts."""
+    if instances == "all" or (instances == "auto" and wanted["numberOfInstances"] <= _LISTED):
+        return wanted
+    series = [{name: value for name, value in one.items() if name != "instance"} for one in wanted["series"]]
+    return {**wanted, "series": series}
+
+
+def lists_all(resource: Json) -> bool:
+    """Whether an ImagingStudy lists every instance that it counts."""
+    series = resource.get("series") or ()
+    return bool(sum(len(one.get("instance") or ()) for one in series) == resource.get("numberOfInstances"))
 
 
 def still_filled(resource: Json, rules: mapping.Mapping) -> frozenset[str]:

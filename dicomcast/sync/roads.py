@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from dicomcast import decimals, errors, mapping
+from dicomcast import decimals, errors, mapping, settings
 from dicomcast.clock import Clock
 from dicomcast.decimals import Json
 from dicomcast.dicom import values
@@ -50,7 +50,7 @@ class Roads:
         ledger: Ledger,
         rules: mapping.Mapping,
         naming: plan.Naming,
-        end: str,
+        options: settings.ImagingStudy,
         clock: Clock,
     ):
         self._dicom = dicom
@@ -59,10 +59,13 @@ class Roads:
         self._ledger = ledger
         self._rules = rules
         self._naming = naming
-        self._end_policy = end
+        self._end_policy = options.end
+        self._instances = options.instances
         self._clock = clock
         self._written: OrderedDict[str, tuple[Held, bytes]] = OrderedDict()
         self._written_bytes = 0
+        self._met: dict[str, str | None] = {}
+        """ImagingStudies, by id, of which a version has met a 409 when it or an Observation should go."""
 
     # Fold -----------------------------------------------------------------------------------------------------------
 
@@ -106,6 +109,8 @@ class Roads:
             raise errors.Conflict("fhir: the ImagingStudy is not the one that we wrote")
         if plan.still_filled(base.resource, self._rules) != self._rules.fills:
             raise errors.Replan("somebody else has set what we only fill")
+        if not plan.lists_all(base.resource):
+            raise errors.Replan("its instances are not listed")
         return base
 
     def _unknown(self, change: StudyChange, base: Held, row: store.Study) -> list[mapping.Instance]:
@@ -221,11 +226,17 @@ class Roads:
             for part in _parts([], [plan.delete(one) for one in (*observed, held)]):
                 self._ledger.guard()
                 await self._fhir.write(part)
-        except errors.Conflict:
-            if await self._changed(held, observed):
+        except errors.Conflict as conflict:
+            if not await self._referred(conflict, held, observed):
                 raise
             return False
         return True
+
+    async def _referred(self, conflict: errors.Conflict, held: Held, leaving: Sequence[Held]) -> bool:
+        """Whether others refer to what should go: 409 a second time, though nobody has changed anything."""
+        again = self._met.get(held.id) == held.version
+        self._met[held.id] = held.version
+        return conflict.referred and again and not await self._changed(held, leaving)
 
     async def _ended(self, held: Held, observed: list[Held]) -> Held:
         """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong."""
@@ -276,7 +287,8 @@ class Roads:
             around, who.resource, change=change, sequence=sequence, exact=exact
         )
         built = build(subject, {"reference": endpoint})
-        study_write = plan.study(held, built.resource, rules=self._rules, naming=self._naming)
+        shown = plan.listed(built.resource, instances=self._instances)
+        study_write = plan.study(held, shown, rules=self._rules, naming=self._naming)
         writes = [write for write in (endpoint_write, patient_write, study_write) if write is not None]
         address = study_write or held
         assert address is not None
@@ -311,10 +323,10 @@ class Roads:
         try:
             try:
                 done = await self._fhir.write(writes)
-            except errors.Conflict:
+            except errors.Conflict as conflict:
                 ids = {write.id for write in writes if write.resource is None}
                 leaving = [one for one in observed if one.id in ids]
-                if not leaving or held is None or await self._changed(held, leaving):
+                if not leaving or held is None or not await self._referred(conflict, held, leaving):
                     raise
                 writes = [write for write in writes if write.resource is not None] + [*map(plan.erroneous, leaving)]
                 self._ledger.guard()

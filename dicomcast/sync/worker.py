@@ -3,7 +3,7 @@
 import asyncio
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,16 +18,24 @@ from dicomcast.sync import plan
 from dicomcast.sync.changes import Buffer, StudyChange, failure_of
 from dicomcast.sync.intake import Intake
 from dicomcast.sync.ledger import Ledger, Settled
-from dicomcast.sync.links import Links
+from dicomcast.sync.links import Links, PatientKey
 from dicomcast.sync.patience import LONGEST_PAUSE, Patience, Stopped
 from dicomcast.sync.roads import Roads
 
 _COMMIT_EVERY = 1.0
+_ASKED_TOGETHER = 50
+"""Studies that are looked up at once."""
 _CONFLICTS = 8
+_REFUSED_IN_A_ROW = 25
+_REFUSALS = "refusals"
+"""The circuit that opens when so many studies are refused for one reason, and none is taken between."""
 _TROUBLES = 5
 _TROUBLE_LASTS = 120.0
 """Seconds and tries after which a request that alone fails, while the service is well, is its study's failure."""
 _STOP_WITHIN = 5.0
+
+_DOUBTFUL = (errors.Troubled, errors.Forbidden)
+"""What may be the service's trouble or the study's own."""
 
 log = structlog.get_logger("dicomcast.sync")
 
@@ -38,9 +46,9 @@ class _Tries:
 
     conflicts: int = 0
     refusals: int = 0
-    pauses: int = 0
     troubles: int = 0
     trouble_since: float = 0.0
+    held: bool = False
 
 
 class Worker:
@@ -83,6 +91,9 @@ class Worker:
             options=options.dicom,
             busy=lambda study_uid: study_uid in self._lanes,
         )
+        self._looking: asyncio.Task[None] | None = None
+        self._one_by_one = False
+        self._refused: tuple[str, int] = ("", 0)
         self._last_commit = 0.0
 
     def trouble(self) -> str | None:
@@ -114,8 +125,7 @@ class Worker:
         await self._patience.unless_stopped(self._prepare())
         reader = tasks.create_task(self._intake.read(once=self._once))
         while not self._stop.is_set():
-            await self._look_up_new_studies()
-            self._start_lanes(tasks)
+            await self._start_lanes(tasks)
             self._settle_demographics()
             await self._commit_in_time()
             if reader.done() and not self._lanes and not self._buffer and self.ledger.watermark.idle():
@@ -123,6 +133,8 @@ class Worker:
             self._intake.moved.clear()
             await self._patience.wait(_COMMIT_EVERY / 2, moved=self._intake.moved)
         reader.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
         if self._lanes:
             _, late = await asyncio.wait(self._lanes.values(), timeout=_STOP_WITHIN)
             for lane in late:
@@ -140,6 +152,7 @@ class Worker:
             naming=naming,
             policy=self._options.patient.policy,
             addresses=self._options.dicom_addresses,
+            clock=self._clock,
         )
         self._roads = Roads(
             dicom=self._dicom,
@@ -148,7 +161,7 @@ class Worker:
             ledger=self.ledger,
             rules=self._rules,
             naming=naming,
-            end=self._options.imaging_study.end,
+            options=self._options.imaging_study,
             clock=self._clock,
         )
         await self._patience.with_("dicom", self._intake.take_up)
@@ -182,24 +195,52 @@ class Worker:
 
     # Lanes ----------------------------------------------------------------------------------------------------------
 
-    async def _look_up_new_studies(self) -> None:
-        """At the head it matters whether a study is new to us."""
-        if not self._intake.behind:
-            for change in [change for change in self._buffer if change.held is None and not change.urgent]:
-                row, _ = await self._patience.with_("database", partial(self.ledger.study, change.study_uid))
-                change.held = row.instances or 1 if row and row.outcome != "deleted" else 0
-
-    def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
+    async def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
+        if self._lanes and self._patience.troubled("database", "fhir", _REFUSALS):
+            return
         if self._intake.behind:
-            due = self._buffer.due_behind(self._intake.feed_time)
+            due = list(self._buffer.due_behind(self._intake.feed_time))
         else:
-            due = self._buffer.due_at_head(now=self._clock.monotonic())
-        for change in due:
-            if len(self._lanes) >= self._options.sync.parallel:
-                break
-            if change.study_uid not in self._lanes:
-                self._buffer.take(change.study_uid)
-                self._lanes[change.study_uid] = tasks.create_task(self._lane(change))
+            await self._read_rows(self._buffer)  # whether a study is new to us decides when it is due
+            due = list(self._buffer.due_at_head(now=self._clock.monotonic()))
+        due = [change for change in due if change.study_uid not in self._lanes]
+        unknown = await self._unknown(due)
+        free = min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes)
+        for change in [one for one in due if one.study_uid not in unknown][: max(0, free)]:
+            self._buffer.take(change.study_uid)
+            self._lanes[change.study_uid] = tasks.create_task(self._lane(change))
+        many = len(unknown) >= _ASKED_TOGETHER or self._buffer.full or not self._intake.behind
+        if unknown and many and (self._looking is None or self._looking.done()):
+            self._looking = tasks.create_task(self._look_up(list(unknown.values())[:_ASKED_TOGETHER]))
+
+    async def _read_rows(self, changes: Iterable[StudyChange]) -> None:
+        blank = {change.study_uid: change for change in changes if change.held is None}
+        if blank:
+            rows = await self._patience.with_("database", partial(self.ledger.studies, blank.keys()))
+            for uid, (row, _) in rows.items():
+                blank[uid].held = row.instances or 1 if row and row.outcome != "deleted" else 0
+
+    async def _unknown(self, due: list[StudyChange]) -> dict[str, StudyChange]:
+        """Those about which FHIR is to be asked before their lanes start: many at once."""
+        if self._one_by_one:
+            return {}
+        folds = [change for change in due if change.reason is None and change.instances]
+        await self._read_rows(folds)
+        asked = {change.study_uid: (change, *_question(change)) for change in folds}
+        return {uid: one for uid, (one, key, new) in asked.items() if self._links.unknown(key, study_uid=new)}
+
+    async def _look_up(self, changes: list[StudyChange]) -> None:
+        """Ask about these; where the service does not take such a question, each lane asks its own."""
+        questions = [_question(change) for change in changes]
+        ask = partial(self._links.look_up, [uid for _, uid in questions if uid], [key for key, _ in questions])
+        try:
+            await self._patience.with_("fhir", ask)
+        except (errors.Unavailable, Stopped):
+            raise
+        except Exception as refused:
+            log.warning("studies are looked up one by one", reason=type(refused).__name__)
+            self._one_by_one = True
+        self._intake.moved.set()
 
     def _settle_demographics(self) -> None:
         """Once all that was there at the start is settled, Patients without a row can be told old news from new."""
@@ -221,26 +262,27 @@ class Worker:
         with structlog.contextvars.bound_contextvars(study=uid):
             while settled is None:
                 try:
+                    await self._patience.turn("database", "fhir", _REFUSALS, *(["dicom"] if exact else []))
                     self.ledger.guard()
                     if exact:
                         settled = await self._roads.reconcile(change, lambda: self._buffer.take(uid))
                         self._patience.well("dicom", "fhir")
                     else:
                         settled = await self._roads.fold(change)
-                        if settled.outcome != "unchanged":
-                            self._patience.well("fhir")
-                except (errors.Replan, errors.Rejected, errors.StudyFailed, errors.Troubled) as failure:
+                    if settled.outcome in ("created", "updated", "deleted"):
+                        self._refused = ("", 0)
+                        self._patience.well("fhir", _REFUSALS)
+                except (errors.Replan, errors.Rejected, errors.StudyFailed, *_DOUBTFUL) as failure:
                     settled = await self._after(failure, change, tries)
-                    exact = exact or not isinstance(failure, errors.Troubled)
+                    exact = exact or not isinstance(failure, _DOUBTFUL)
                 except errors.Unavailable as failure:
-                    tries.pauses += 1
-                    await self._patience.pause(failure, attempt=tries.pauses)
+                    self._patience.note(failure)
                 except (errors.Error, Stopped):
                     raise
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
                     settled = await self._park(change, _internal(surprise))
             log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
-            self.ledger.settle(uid, change.sequences, settled)
+            self.ledger.settle(uid, self._links.settled(change), settled)
         del self._lanes[uid]
         self._intake.moved.set()
 
@@ -248,14 +290,15 @@ class Worker:
         """What becomes of a study whose attempt went wrong: parked, or None to look at both services and try again."""
         if isinstance(failure, errors.StudyFailed):
             return await self._park(change, failure, heals=failure.kind != "invalid")
-        if isinstance(failure, errors.Troubled | errors.OutcomeUnknown):
+        if isinstance(failure, errors.OutcomeUnknown | errors.Troubled | errors.Forbidden):
             return await self._after_trouble(failure, change, tries)
+        self._patience.well("fhir")
         self._forget(change, refused=not failure.partial)
         if isinstance(failure, errors.Rejected):
             tries.refusals += 1
-            if tries.refusals == 2:
+            if tries.refusals >= 2:
                 message = f"the FHIR service refuses the study's resources: {failure}"
-                return await self._park(change, errors.StudyFailed("rejected", message, stage="write"))
+                return await self._refuse(change, errors.StudyFailed("rejected", message, stage="write"), tries)
         elif isinstance(failure, errors.Conflict):
             tries.conflicts += 1
             if tries.conflicts == _CONFLICTS:
@@ -265,30 +308,50 @@ class Worker:
         return None
 
     async def _after_trouble(
-        self, failure: errors.Troubled | errors.OutcomeUnknown, change: StudyChange, tries: _Tries
+        self, failure: errors.OutcomeUnknown | errors.Troubled | errors.Forbidden, change: StudyChange, tries: _Tries
     ) -> Settled | None:
         """A request without a clear answer: the service's trouble if a probe fails too, else in the end the study's."""
+        service = "fhir" if isinstance(failure, errors.OutcomeUnknown) else failure.service
+        if service == "dicom":
+            well = await self._dicom.answers()
+        elif isinstance(failure, errors.Forbidden):
+            well = await self._links.permitted()
+        else:
+            well = await self._fhir.answers()
         if isinstance(failure, errors.OutcomeUnknown):
             self._forget(change, refused=False)
-            away = errors.Troubled("fhir", str(failure))
-        else:
-            away = failure
-        service = self._dicom if away.service == "dicom" else self._fhir
-        if not await service.answers():
-            tries.pauses += 1
-            await self._patience.pause(away, attempt=tries.pauses)
+        if not well:
+            self._patience.note(
+                errors.Troubled(service, str(failure)) if isinstance(failure, errors.OutcomeUnknown) else failure
+            )
             return None
         now = self._clock.monotonic()
         tries.trouble_since = tries.trouble_since or now
         tries.troubles += 1
         if tries.troubles >= _TROUBLES and now - tries.trouble_since >= _TROUBLE_LASTS:
+            kind = "denied" if isinstance(failure, errors.Forbidden) else "server-error"
             message = f"{tries.troubles} requests for this study alone failed: {failure}"
-            stage = "read" if away.service == "dicom" else "write"
-            return await self._park(change, errors.StudyFailed("server-error", message, stage=stage))
+            failed = errors.StudyFailed(kind, message, stage="read" if service == "dicom" else "write")
+            return await (self._park(change, failed) if service == "dicom" else self._refuse(change, failed, tries))
         await self._patience.wait(min(LONGEST_PAUSE, 2.0**tries.troubles))
         if self._stop.is_set():
             raise Stopped
         return None
+
+    async def _refuse(self, change: StudyChange, failed: errors.StudyFailed, tries: _Tries) -> Settled | None:
+        """Park what the FHIR service does not take; where it takes nothing any more, one a pause and no faster.
+
+        Many in a row for one reason are a misconfiguration, and somebody should look before they are thousands.
+        """
+        kind, count = self._refused
+        self._refused = (failed.kind, count + (not tries.held) if kind == failed.kind else 1)
+        if self._refused[1] >= _REFUSED_IN_A_ROW:
+            reason = f"{_REFUSED_IN_A_ROW} studies in a row were refused ({failed.kind}); see dicomcast failures"
+            self._patience.note(errors.Unavailable("fhir", reason), circuit=_REFUSALS)
+            if not tries.held:
+                tries.held = True
+                return None
+        return await self._park(change, failed)
 
     def _forget(self, change: StudyChange, *, refused: bool) -> None:
         self._roads.forget(change.study_uid)
@@ -301,6 +364,12 @@ class Worker:
         failure = failure_of(failed, study_uid=change.study_uid, sequence=sequence, heals=heals)
         study = self._roads.parked(change, row)
         return Settled("failed", study, failures=(*change.failures, failure))
+
+
+def _question(change: StudyChange) -> tuple[PatientKey, str | None]:
+    """What FHIR is asked about a study that is to be folded: its one patient, and itself if it is new to us."""
+    _, instance = next(iter(change.instances.values()))
+    return instance.patient_key, None if change.held else change.study_uid
 
 
 def _internal(surprise: Exception) -> errors.StudyFailed:
