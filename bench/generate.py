@@ -1,10 +1,11 @@
-"""A CT study that nobody had, as pages of a DICOM change feed: same arguments, same bytes.
+"""Studies that nobody had, most of them CT, as pages of a DICOM change feed: same arguments, same bytes.
 
 An instance has 100 attributes in about 6 kB of DICOM JSON. What belongs to the patient, the study and a series is the
 same in all of its instances; UIDs, numbers, positions, times, doses and references differ from instance to instance.
 """
 
 import datetime
+import functools
 import itertools
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ Json: TypeAlias = Any
 
 PAGE = 100  # entries
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+_IMAGES = {"CT": CT_IMAGE, "MR": "1.2.840.10008.5.1.4.1.1.4", "CR": "1.2.840.10008.5.1.4.1.1.1"}
 _START = datetime.datetime(2024, 3, 14, 8, 30, tzinfo=datetime.UTC)
 _SERIES = (
     # description, image type, kernel, slice thickness, first axis and second axis of the images
@@ -28,23 +30,39 @@ _SERIES = (
 )
 
 
-def datasets(instances: int, *, series: int = 4, seed: int = 1, mixed: bool = False) -> Iterator[dict[str, Json]]:
-    """DICOM JSON of all instances: series after series, or, with `mixed`, in turn one of each."""
+def datasets(
+    instances: int,
+    *,
+    series: int = 4,
+    seed: int = 1,
+    mixed: bool = False,
+    patient: int | None = None,
+    modality: str = "CT",
+    began: datetime.datetime = _START,
+) -> Iterator[dict[str, Json]]:
+    """DICOM JSON of all instances: series after series, or, with `mixed`, in turn one of each.
+
+    `patient`: the number of the patient, by default that of the study (`seed`); `modality`: CT, MR or CR.
+    """
     sizes = [len(range(number, instances, series)) for number in range(series)]
     each = (zip(itertools.repeat(number), range(size), strict=False) for number, size in enumerate(sizes))
     order: Iterable[Any] = itertools.chain.from_iterable(each)
     if mixed:
         order = ((index % series, index // series) for index in range(instances))
-    study = _study(seed)
-    of_series = [study | _of_series(seed, number) for number in range(series)]
+    study = _patient(seed if patient is None else patient) | _study(seed, began)
+    of_series = [study | _of_series(seed, number, modality, began) for number in range(series)]
     for number, index in order:
-        found = of_series[number] | _of_instance(seed, number, index, sizes)
+        found = of_series[number] | _of_instance(seed, number, index, sizes, sop_class=_IMAGES[modality], began=began)
         yield {tag: found[tag] for tag in sorted(found)}
 
 
 def pages(instances: int, *, series: int = 4, seed: int = 1, mixed: bool = False) -> Iterator[bytes]:
     """The JSON text of change feed pages, as v1 of the DICOM service's API serves them."""
-    entries = map(_entry, itertools.count(1), datasets(instances, series=series, seed=seed, mixed=mixed))
+    found = datasets(instances, series=series, seed=seed, mixed=mixed)
+    entries = (
+        entry(sequence, dataset, _START + datetime.timedelta(seconds=sequence / 8))
+        for sequence, dataset in enumerate(found, start=1)
+    )
     while page := list(itertools.islice(entries, PAGE)):
         yield orjson.dumps(page)
 
@@ -70,15 +88,15 @@ def overlay(path: Path, modules: Iterable[str]) -> None:
     path.write_text(yaml.safe_dump({"rules": orjson.loads(orjson.dumps(rows))}), encoding="utf-8")
 
 
-def _entry(sequence: int, dataset: dict[str, Json]) -> dict[str, Json]:
-    at = _START + datetime.timedelta(seconds=sequence / 8)
+def entry(sequence: int, dataset: dict[str, Json], at: datetime.datetime, *, action: str = "Create") -> dict[str, Json]:
+    """The change feed entry of an instance, recorded at that time; its state and its metadata are the last fields."""
     return {
         "sequence": sequence,
         "partitionName": "Microsoft.Default",
         "studyInstanceUid": dataset["0020000D"]["Value"][0],
         "seriesInstanceUid": dataset["0020000E"]["Value"][0],
         "sopInstanceUid": dataset["00080018"]["Value"][0],
-        "action": "Create",
+        "action": action,
         "timestamp": f"{at:%Y-%m-%dT%H:%M:%S}.{at.microsecond:06}0+00:00",
         "state": "Current",
         "metadata": dataset,
@@ -93,13 +111,19 @@ def _attributes(**named: Json) -> dict[str, Json]:
     """DICOM JSON elements from keywords; the VR is the dictionary's, a list several values, None no value."""
     found = {}
     for keyword, value in named.items():
-        tag = datadict.tag_for_keyword(keyword)
-        assert tag is not None, keyword
-        vr = datadict.dictionary_VR(tag).split(" or ")[0]
+        tag, vr = _known(keyword)
         values = value if isinstance(value, list) else [value]
         values = [{"Alphabetic": name} for name in values] if vr == "PN" else values
-        found[f"{tag:08X}"] = {"vr": vr} if value is None else {"vr": vr, "Value": values}
+        found[tag] = {"vr": vr} if value is None else {"vr": vr, "Value": values}
     return found
+
+
+@functools.cache
+def _known(keyword: str) -> tuple[str, str]:
+    """Tag (8 hex digits) and VR."""
+    tag = datadict.tag_for_keyword(keyword)
+    assert tag is not None, keyword
+    return f"{tag:08X}", datadict.dictionary_VR(tag).split(" or ")[0]
 
 
 def _code(value: str, scheme: str, meaning: str) -> dict[str, Json]:
@@ -114,13 +138,10 @@ def _issuer(name: str, uid: str) -> dict[str, Json]:
     return _attributes(LocalNamespaceEntityID=name, UniversalEntityID=uid, UniversalEntityIDType="ISO")
 
 
-def _study(seed: int) -> dict[str, Json]:
-    accession = f"BENCH{seed:06}"
+def _patient(number: int) -> dict[str, Json]:
     return _attributes(
-        SpecificCharacterSet="ISO_IR 192",
-        # the patient
-        PatientName=f"Bench^Number {seed}^Middle^Dr.",
-        PatientID=f"BENCH-{seed:06}",
+        PatientName=f"Bench^Number {number}^Middle^Dr.",
+        PatientID=f"BENCH-{number:06}",
         IssuerOfPatientID="BENCHMARK",
         IssuerOfPatientIDQualifiersSequence=_attributes(
             UniversalEntityID="2.25.71245198076211", UniversalEntityIDType="ISO"
@@ -131,10 +152,16 @@ def _study(seed: int) -> dict[str, Json]:
         PatientSize=1.75,
         PatientWeight=70.5,
         PatientComments=None,
-        # the study
+    )
+
+
+def _study(seed: int, began: datetime.datetime) -> dict[str, Json]:
+    accession = f"BENCH{seed:06}"
+    return _attributes(
+        SpecificCharacterSet="ISO_IR 192",
         StudyInstanceUID=_uid(seed),
-        StudyDate=f"{_START:%Y%m%d}",
-        StudyTime=f"{_START:%H%M%S}.000000",
+        StudyDate=f"{began:%Y%m%d}",
+        StudyTime=f"{began:%H%M%S}.000000",
         StudyID=f"{seed}",
         TimezoneOffsetFromUTC="+0000",
         AccessionNumber=accession,
@@ -164,16 +191,16 @@ def _study(seed: int) -> dict[str, Json]:
     )
 
 
-def _of_series(seed: int, number: int) -> dict[str, Json]:
+def _of_series(seed: int, number: int, modality: str, began: datetime.datetime) -> dict[str, Json]:
     description, image_type, kernel, thickness, orientation = _SERIES[number % len(_SERIES)]
-    at = _START + datetime.timedelta(minutes=2 * number)
+    at = began + datetime.timedelta(minutes=2 * number)
     return _attributes(
         SeriesInstanceUID=_uid(seed, number),
         SeriesNumber=number + 1,
         SeriesDate=f"{at:%Y%m%d}",
         SeriesTime=f"{at:%H%M%S}.437000",
         SeriesDescription=description,
-        Modality="CT",
+        Modality=modality,
         ProtocolName="Thorax_KM_Routine (Adult)",
         BodyPartExamined="CHEST",
         AnatomicRegionSequence=_code("51185008", "SCT", "Chest"),
@@ -226,14 +253,16 @@ def _of_series(seed: int, number: int) -> dict[str, Json]:
     )
 
 
-def _of_instance(seed: int, number: int, index: int, sizes: list[int]) -> dict[str, Json]:
-    at = _START + datetime.timedelta(minutes=2 * number, milliseconds=37 * index)
+def _of_instance(
+    seed: int, number: int, index: int, sizes: list[int], *, sop_class: str, began: datetime.datetime
+) -> dict[str, Json]:
+    at = began + datetime.timedelta(minutes=2 * number, milliseconds=37 * index)
     location = round(-812.5 + 0.7 * index, 4)
     dose = 180 + index * 7 % 61
     source = (number - 1) % len(sizes)
     sources = sorted({index % max(sizes[source], 1), (index + 1) % max(sizes[source], 1)})
     return _attributes(
-        SOPClassUID=CT_IMAGE,
+        SOPClassUID=sop_class,
         SOPInstanceUID=_uid(seed, number, index),
         InstanceNumber=index + 1,
         AcquisitionNumber=number + 1,
@@ -250,5 +279,5 @@ def _of_instance(seed: int, number: int, index: int, sizes: list[int]) -> dict[s
         Exposure=dose // 2,
         CTDIvol=round(dose / 29, 6),
         IrradiationEventUID=_uid(seed, number, "event"),
-        SourceImageSequence=[_reference(CT_IMAGE, _uid(seed, source, other)) for other in sources],
+        SourceImageSequence=[_reference(sop_class, _uid(seed, source, other)) for other in sources],
     )

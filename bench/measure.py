@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 Json: TypeAlias = Any
 
 
-def one_core() -> None:
-    """Stay on one core, where the system lets a process choose."""
+def one_core(*, first: bool = False) -> None:
+    """Stay on one core (the last one, or the first), where the system lets a process choose."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, {(min if first else max)(os.sched_getaffinity(0))})
 
 
 def peak() -> float:
@@ -27,6 +27,14 @@ def peak() -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def delayed() -> float:
+    """Seconds that this process could have worked in so far and had to wait for its core; 0 where nobody says."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, LookupError):
+        return 0.0
 
 
 def report(convert: Callable[[list[Path]], Json], warm: Path, pages: Path, facts: Callable[[Json], Json]) -> None:

@@ -1,20 +1,33 @@
-"""The benchmark converts what it says it does and computes its figures rightly. No verdict on speed."""
+"""The benchmarks do what they say they do and compute their figures rightly. No verdict on speed."""
 
+import asyncio
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import orjson
 import pytest
+from hospital import Hospital, serving
+
+from dicomcast.sandbox import archive, dicom, fhir
 
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))  # where its modules find each other when it runs as a program
 
+import arrivals  # noqa: E402
 import generate  # noqa: E402
 import mapping as bench  # noqa: E402
+import servers  # noqa: E402
+import throughput  # noqa: E402
+import virtual_time  # noqa: E402
 
 Json = Any
 
@@ -149,3 +162,156 @@ def test_the_overlay_says_what_the_modules_say(tmp_path: Path) -> None:
     generate.overlay(tmp_path / "overlay.yaml", bench.SHIPPED)
     modules, overlay = (bench.load(mode, tmp_path) for mode in ("plain", "overlay"))
     assert overlay.digest == modules.digest
+
+
+# The whole engine -----------------------------------------------------------------------------------------------------
+
+
+def test_a_hospital_has_so_many_instances_in_so_many_studies_and_patients_who_come_again() -> None:
+    plan = arrivals.hospital(10_000, 40)
+    assert len(plan) == 40
+    assert sum(study.instances for study in plan) == 10_000
+    assert len({study.patient for study in plan}) == 35
+    assert {study.modality for study in plan} == {"CR", "CT", "MR"}
+    assert plan == arrivals.hospital(10_000, 40)
+
+
+def test_studies_arrive_side_by_side_and_in_order_of_time() -> None:
+    found = list(arrivals.all_of(arrivals.hospital(300, 8)))
+    assert len(found) == 300
+    assert [at for at, _ in found] == sorted(at for at, _ in found)
+    assert len({dataset["00080018"]["Value"][0] for _, dataset in found}) == 300
+
+
+@pytest.fixture
+def feed(tmp_path: Path) -> Path:
+    """40 entries of some studies, the first of which has one instance, and the update of that one."""
+    first, *others = arrivals.hospital(40, 4)
+    first = dataclasses.replace(first, instances=1, series=1)
+    arriving = itertools.chain(arrivals.all_of([first]), arrivals.all_of(others))
+    arrivals.write(tmp_path / "feed.jsonl", itertools.islice(arriving, 40), updated=True)
+    arrivals.release(tmp_path / "released", 41)
+    return tmp_path / "feed.jsonl"
+
+
+def stored(feed: Path, store: archive.Archive, upto: int) -> None:
+    """The first entries of a feed file in an archive of the sandbox."""
+    for line in feed.read_bytes().splitlines()[:upto]:
+        entry = orjson.loads(line)
+        uids = [entry[name] for name in ("studyInstanceUid", "seriesInstanceUid", "sopInstanceUid")]
+        store.frozen = archive.ticks_of(entry["timestamp"])
+        if entry["action"] == "Create":
+            store.store("Microsoft.Default", *uids, syntax="", metadata=entry["metadata"], data=b"")
+        else:
+            store.update("Microsoft.Default", uids[0], entry["metadata"], lambda data: data)
+
+
+def said(answer: httpx.Response) -> Json:
+    """What may not differ: of a study that is found its UID, times as ticks, the instances of a study in any order."""
+    if answer.status_code != 200:
+        return None
+    value = answer.json()
+    if answer.url.path.endswith("/studies"):
+        return [one["0020000D"] for one in value]
+    if answer.url.path.endswith("/metadata"):
+        return sorted(value, key=str)
+    entries = value if isinstance(value, list) else [value]
+    return [entry | {"timestamp": archive.ticks_of(entry["timestamp"])} for entry in entries]
+
+
+@pytest.mark.parametrize("upto", [0, 20, 40, 41])
+def test_its_dicom_service_answers_as_the_sandbox_does(feed: Path, upto: int) -> None:
+    arrivals.release(feed.parent / "released", upto)
+    studies = sorted({orjson.loads(line)["studyInstanceUid"] for line in feed.read_bytes().splitlines()})
+    asked = ["changefeed/latest", "changefeed/latest?includeMetadata=false", "changefeed?includeMetadata=false"]
+    asked += [f"changefeed?offset={at}&limit=30" for at in (0, 20, 39, 40, 90)]
+    asked += [path for uid in studies for path in (f"studies?StudyInstanceUID={uid}", f"studies/{uid}/metadata")]
+    with closing(archive.Archive(None)) as store:
+        stored(feed, store, upto)
+        ours = servers.dicom(servers.Feed(feed, feed.parent / "released"))
+        with serving(dicom.app(store)) as sandbox, serving(ours) as bench, httpx.Client() as http:
+            for path in asked:
+                headers = {"Accept": "application/dicom+json" if path.startswith("studies") else "application/json"}
+                wanted, found = (http.get(f"{url}/v1/{path}", headers=headers) for url in (sandbox, bench))
+                assert (found.status_code, said(found)) == (wanted.status_code, said(wanted)), path
+
+
+def test_what_it_serves_becomes_what_the_same_data_in_the_sandbox_does(feed: Path) -> None:
+    shown = []
+    with closing(archive.Archive(None)) as store:
+        stored(feed, store, 41)
+        ours = servers.dicom(servers.Feed(feed, feed.parent / "released"))
+        for name, application in (("sandbox", dicom.app(store)), ("bench", ours)):
+            with (
+                closing(fhir.database(None)) as records,
+                serving(application) as dicom_url,
+                serving(fhir.app(records)) as url,
+                closing(Hospital(dicom_url, f"{url}/fhir", f"sqlite:///{feed.parent / name}.db")) as hospital,
+            ):
+                assert hospital.sync() == {"created": 4}
+                shown.append([one for one in hospital.content() if one["resourceType"] != "Endpoint"])
+    assert shown[0] == shown[1]
+
+
+def test_virtual_time_passes_while_all_wait_and_stands_still_while_one_works() -> None:
+    passed: list[float] = []
+    loop = virtual_time.Loop(passed.append)
+
+    async def work() -> float:
+        await asyncio.to_thread(time.sleep, 0.05)
+        return loop.time()
+
+    async def day() -> list[float]:
+        worked, _ = await asyncio.gather(work(), asyncio.sleep(86_400))
+        return [worked, loop.time()]
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        assert runner.run(day()) == [0, 86_400]
+    assert passed[-1] == 86_400
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Json:
+    """Everything of the benchmark, on very little data."""
+    command = [sys.executable, str(BENCH / "throughput.py"), "--format", "json", "--latency", "0"]
+    command += ["--instances", "60", "--studies", "6", "--sample", "20", "--large", "40"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=120, cwd=tmp_path_factory.mktemp("tiny"))
+    return json.loads(done.stdout)
+
+
+def test_all_instances_arrive_and_requests_and_bytes_are_counted(tiny: Json) -> None:
+    row = tiny["hospital"]
+    assert (row["instances"], row["studies"]) == (60, 6)
+    assert row["fhir_requests"] == sum(row["kinds"]["fhir"].values()) >= 2
+    assert row["kinds"]["dicom"]["GET changefeed"] == 1
+    assert row["fhir_bytes"] > 6_000
+    assert min(row["wall"], row["cpu"], row["peak"], row["services_cpu"]) > 0
+
+
+def test_the_rule_takes_four_requests_and_the_whole_study_for_each_instance(tiny: Json) -> None:
+    kinds = tiny["rule"]["rule"]["kinds"]
+    each = ["GET Patient", "GET Endpoint", "GET ImagingStudy", "POST transaction"]
+    assert kinds["fhir"] == dict.fromkeys(each, 20)
+    assert kinds["dicom"]["GET changefeed"] == 2
+    assert tiny["rule"]["ratios"]["fhir_requests"] == 80 / tiny["rule"]["ours"]["fhir_requests"]
+
+
+def test_a_large_study_comes_by_three_ways(tiny: Json) -> None:
+    (ways,) = tiny["large"]
+    assert [row["instances"] for row in ways.values()] == [40, 40, 40]
+    assert ways["reconciled"]["kinds"]["dicom"]["GET studies metadata"] == 1
+    assert ways["arriving"]["kinds"]["dicom"]["GET changefeed latest"] > 100  # it takes minutes of its time
+
+
+def test_prints_figures_beside_their_targets(tiny: Json) -> None:
+    printed = throughput.text(tiny)
+    assert "<30 (aim 15)" in printed
+    assert "60 instances in 6 studies, 0 ms latency" in printed
+    assert ">=100" in printed
+    assert "40, arriving, 10 a second" in printed
+    assert "DicomCast" not in throughput.text(tiny | {"rule": None, "large": []})
+
+
+def test_a_run_that_loses_instances_has_no_figures() -> None:
+    with pytest.raises(SystemExit, match="7 instances of 8"):
+        throughput.figures({"worker": {}, "services": {"instances": 7}}, 8)
