@@ -24,7 +24,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import orjson
@@ -32,8 +32,6 @@ import tenacity
 
 from dicomcast import errors
 from dicomcast.clock import Clock
-
-Response = httpx.Response
 
 logging.getLogger("httpx").setLevel(logging.CRITICAL)
 logging.getLogger("httpcore").setLevel(logging.CRITICAL)
@@ -43,6 +41,7 @@ _REFUSALS = frozenset({400, 404, 405, 406, 410, 413, 414, 415, 422, 501})
 _CONNECT = 10.0
 """Seconds until a connection must stand."""
 _FIRST_AT_ONCE = 4.0
+"""Requests to a service before it has shown what it bears."""
 _LONGEST_WAIT_HERE = 5.0
 """Seconds: a service that asks for more than this is a matter for the pipeline's pause."""
 
@@ -69,6 +68,14 @@ class _Bearer(httpx.Auth):
     def auth_flow(self, request: httpx.Request) -> Any:
         request.headers["Authorization"] = f"Bearer {self._token}"
         yield request
+
+
+class Response(NamedTuple):
+    """An answer with its whole body. httpx's own is part of a circle of references, and would keep the body alive."""
+
+    status_code: int
+    headers: httpx.Headers
+    content: bytes
 
 
 class _Room:
@@ -155,14 +162,13 @@ class Service:
         Raises `Unavailable`, `Denied`, `Conflict` or `Rejected`.
         """
 
-        async def once() -> Response:
-            async with self._failures(write=False):
-                response = await self._send(method, path, params=params, headers=headers, content=content)
-            self._check(response, also=also, write=False)
-            return response
-
-        response: Response = await self._retrying()(once)
-        return response
+        async for attempt in self._retrying():
+            with attempt:
+                async with self._failures(write=False):
+                    response = await self._send(method, path, params=params, headers=headers, content=content)
+                self._check(response, also=also, write=False)
+                return response
+        raise AssertionError("the last attempt raises")
 
     async def write(
         self, method: str, path: str, *, headers: Mapping[str, str] | None = None, content: bytes | None = None
@@ -184,7 +190,7 @@ class Service:
     ) -> AsyncIterator[tuple[int, AsyncIterator[bytes]]]:
         """GET whose body is read as it arrives: status and chunks. Raises as `read` does, also in mid-body."""
 
-        async def opened() -> Response:
+        async def opened() -> httpx.Response:
             request = self._client.build_request("GET", self._address(path), headers=headers)
             self.requests += 1
             async with self._room.place() as learn, self._failures(write=False):
@@ -192,10 +198,10 @@ class Service:
                 learn(response.status_code)
             if response.status_code >= 300 and response.status_code not in also:
                 await response.aclose()
-                self._check(response, also=also, write=False)
+                self._check(Response(response.status_code, response.headers, b""), also=also, write=False)
             return response
 
-        response: Response = await self._retrying()(opened)
+        response: httpx.Response = await self._retrying()(opened)
         try:
             async with self._failures(write=False):
                 yield response.status_code, response.aiter_bytes(65536)
@@ -208,9 +214,10 @@ class Service:
     async def _send(self, method: str, path: str, **request: Any) -> Response:
         async with self._room.place() as learn:
             self.requests += 1
-            response = await self._client.request(method, self._address(path), **request)
-            learn(response.status_code)
-            return response
+            async with self._client.stream(method, self._address(path), **request) as answer:
+                learn(answer.status_code)
+                content = b"".join([chunk async for chunk in answer.aiter_bytes()])
+            return Response(answer.status_code, answer.headers, content)
 
     @asynccontextmanager
     async def _failures(self, *, write: bool) -> AsyncIterator[None]:
@@ -305,6 +312,6 @@ def _issue_code(response: Response) -> str | None:
     """`OperationOutcome.issue[0].code`; never its text, which may quote values."""
     try:
         code = orjson.loads(response.content)["issue"][0]["code"]
-    except (orjson.JSONDecodeError, httpx.StreamError, LookupError, TypeError):
+    except (orjson.JSONDecodeError, LookupError, TypeError):
         return None
     return code if isinstance(code, str) and code.replace("-", "").isalpha() else None

@@ -35,9 +35,10 @@ FRESH = {"Cache-Control": "no-cache"}
 
 
 class HurriedClock(Clock):
-    """Two hundred times as fast as the machine's; `skip` jumps ahead."""
+    """So many times as fast as the machine's; `skip` jumps ahead."""
 
-    def __init__(self) -> None:
+    def __init__(self, speed: float = 200) -> None:
+        self._speed = speed
         self._began = time.monotonic()
         self._skipped = 0.0
 
@@ -45,13 +46,13 @@ class HurriedClock(Clock):
         self._skipped += seconds
 
     def monotonic(self) -> float:
-        return (time.monotonic() - self._began) * 200 + self._skipped
+        return (time.monotonic() - self._began) * self._speed + self._skipped
 
     def now(self) -> datetime:
         return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self.monotonic())
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds / 200)
+        await asyncio.sleep(seconds / self._speed)
 
 
 @dataclass

@@ -34,6 +34,10 @@ class State(Enum):
     DELETED = "deleted"
 
 
+_ACTIONS = {one.value: one for one in Action}
+_STATES = {one.value: one for one in State}
+
+
 @dataclass(frozen=True, slots=True)
 class ChangeFeedEntry:
     """One change of one instance. `timestamp` is the service's own text; `metadata` is not empty."""
@@ -169,9 +173,8 @@ def _entry(
         missing = " and no valid ".join(name for name, uid in named if uid is None)
         failed = _failed("malformed-entry", f"the entry has no valid {missing} UID")
         return Malformed(sequence, failed, study, series, sop)
-    try:
-        known = Action(str(action).lower()), State(str(state).lower())
-    except ValueError:
+    did, became = _ACTIONS.get(str(action).lower()), _STATES.get(str(state).lower())
+    if did is None or became is None:
         failed = _failed("unknown-action", "the entry's action or state is not known")
         return Malformed(sequence, failed, study, series, sop)
     return ChangeFeedEntry(
@@ -179,8 +182,8 @@ def _entry(
         study_uid=study,
         series_uid=series,
         sop_uid=sop,
-        action=known[0],
-        state=known[1],
+        action=did,
+        state=became,
         timestamp=_timestamp(timestamp),
         partition=_text(partition),
         metadata=metadata,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
+import orjson
+
 from dicomcast import decimals, errors, wire
 from dicomcast.decimals import Json
 from dicomcast.fhir import resources
@@ -226,7 +228,7 @@ class FhirService:
         }
         response = await self._service.write("POST", "", headers=_WRITE, content=decimals.dumps(bundle))
         try:
-            answers = decimals.loads(response.content)["entry"]
+            answers = _report(response.content)["entry"]
             return [
                 _written(write, _status(answer), answer["response"], answer.get("resource"))
                 for write, answer in zip(writes, answers, strict=True)
@@ -251,7 +253,7 @@ class FhirService:
             response = await self._service.write("POST", f"/{write.type}", headers=headers, content=content)
         else:
             response = await self._service.write("PUT", f"/{write.type}/{write.id}", headers=headers, content=content)
-        return _written(write, response.status_code, response.headers, _maybe_json(response.content))
+        return _written(write, response.status_code, response.headers, _report(response.content))
 
 
 def _entry(base: str, write: Write) -> Json:
@@ -281,7 +283,7 @@ def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) 
         conflict = errors.Conflict("fhir: somebody created it first")
         conflict.partial = True
         raise conflict
-    body = body if isinstance(body, dict) else {}
+    body = body or {}
     location = headers.get("location") or headers.get("content-location") or ""
     path = location.partition("?")[0].split("/")
     history = path.index("_history") if "_history" in path else len(path)
@@ -293,14 +295,19 @@ def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) 
 
 
 def _json(content: bytes) -> Json:
-    value = _maybe_json(content)
+    try:
+        value = decimals.loads(content)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise errors.Unavailable("fhir", "an answer is not a FHIR resource")
     return value
 
 
-def _maybe_json(content: bytes) -> Json:
+def _report(content: bytes) -> Json:
+    """What a write was answered with: nothing of it is ever written back."""
     try:
-        return decimals.loads(content)
+        value = orjson.loads(content)
     except ValueError:
-        return None
+        value = None
+    return value if isinstance(value, dict) else {}

@@ -1,5 +1,6 @@
 """The schema's versions, by Alembic: an empty database is made by whoever comes first, any other step is a person's."""
 
+import functools
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -65,4 +66,9 @@ def _config() -> Config:
 
 
 def _scripts() -> ScriptDirectory:
+    return _directory(str(_SCRIPTS))
+
+
+@functools.cache
+def _directory(_: str) -> ScriptDirectory:
     return ScriptDirectory.from_config(_config())

@@ -18,7 +18,7 @@ from dicomcast.fhir.service import FhirService, Query, by_identifier, by_identif
 from dicomcast.state import store
 from dicomcast.sync import plan
 from dicomcast.sync.changes import StudyChange
-from dicomcast.sync.ledger import Ledger
+from dicomcast.sync.ledger import Ledger, Settled
 
 PatientKey = tuple[str | None, str]
 """Identifier system and PatientID."""
@@ -142,16 +142,16 @@ class Links:
     async def around(self, key: PatientKey, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
         """Patient and Endpoint; with `study_uid` also who its ImagingStudy is, if there is one."""
         studies = [study_uid] if study_uid else []
-        if self._unknown(studies, [key]):
+        while self._unknown(studies, [key]):  # another lane may have given up what it took for known
             await self.look_up(studies, [key])
         _, of_study = self._hints.pop(("ImagingStudy", *_study_identity(study_uid or "")), (0.0, []))
         _, of_patient = self._hints.pop(("Patient", *key), (0.0, []))
-        if self._endpoint is None:
+        patient, endpoint = self._patients.get(key), self._endpoint
+        if endpoint is None:
             self._hints.pop(_ENDPOINT, None)
-        patient = self._patients.get(key)
         if patient is None and (found := _only(of_patient)) is not None:
             patient = self._remember(key, await self._surviving(found))
-        return Around(key, patient, self._endpoint), _only(of_study)
+        return Around(key, patient, endpoint), _only(of_study)
 
     async def permitted(self) -> bool:
         """Probe: whether our credentials may write at all. Our Endpoint, where there is one, can be written again."""
@@ -230,7 +230,7 @@ class Links:
 
     async def written(self, key: PatientKey, write: Write, done: Written, *, sequence: int) -> None:
         """Remember what we wrote of Patient or Endpoint."""
-        held = Held(write.type, done.id, done.version, write.resource)
+        held = Held(write.type, done.id, done.version, {**(write.resource or {}), "id": done.id})
         if write.type == "Endpoint":
             self._endpoint = held
         elif write.type == "Patient":
@@ -267,13 +267,17 @@ class Links:
             self._ledger.release(before.sequences)
         self._deferred[key] = _Deferred(sequence, change.study_uid, shown, sequences)
 
-    def settled(self, change: StudyChange) -> list[int]:
-        """The entries that are settled with their study; those whose demographics wait are not."""
+    def settled(self, change: StudyChange, settled: Settled) -> tuple[list[int], Settled]:
+        """The entries that are settled with their study, and how; those whose demographics wait are not.
+
+        Nor does the row count them, so that whoever reads them again takes them for news.
+        """
         waiting = self._deferred.get(change.patient_key) if change.patient_key else None
         if waiting is None or waiting.study_uid != change.study_uid or waiting.shown is not None:
-            return change.sequences
+            return change.sequences, settled
         waiting.sequences.extend(change.sequences)
-        return []
+        counted = min([settled.study.last_sequence + 1, *waiting.sequences]) - 1
+        return [], replace(settled, study=replace(settled.study, last_sequence=counted))
 
     def _endpoint_queries(self) -> list[Query]:
         wanted = self._rules.endpoint()

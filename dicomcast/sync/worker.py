@@ -3,7 +3,8 @@
 import asyncio
 import random
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,6 +130,7 @@ class Worker:
             self._settle_demographics()
             await self._commit_in_time()
             if reader.done() and not self._lanes and not self._buffer and self.ledger.watermark.idle():
+                await self._patience.with_("database", self.ledger.commit)
                 break
             self._intake.moved.clear()
             await self._patience.wait(_COMMIT_EVERY / 2, moved=self._intake.moved)
@@ -185,12 +187,11 @@ class Worker:
         """Commit what is settled and free the lease; what can't be committed will be read again."""
         self.ledger.trouble = self._patience.trouble
         try:
-            try:
+            with _in_vain():
                 await self.ledger.commit()
-            finally:
+        finally:
+            with _in_vain():
                 await self.ledger.close()
-        except (errors.LeaseLost, errors.Unavailable) as failure:
-            log.warning("not given back", reason=str(failure))
         self._progress(self.ledger.watermark.low, self.ledger.latest)
 
     # Lanes ----------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ class Worker:
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
                     settled = await self._park(change, _internal(surprise))
             log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
-            self.ledger.settle(uid, self._links.settled(change), settled)
+            self.ledger.settle(uid, *self._links.settled(change, settled))
         del self._lanes[uid]
         self._intake.moved.set()
 
@@ -293,6 +294,8 @@ class Worker:
         if isinstance(failure, errors.OutcomeUnknown | errors.Troubled | errors.Forbidden):
             return await self._after_trouble(failure, change, tries)
         self._patience.well("fhir")
+        if type(failure) is errors.Replan:
+            return None  # a base that we can't vouch for: Patient and Endpoint are what they were
         self._forget(change, refused=not failure.partial)
         if isinstance(failure, errors.Rejected):
             tries.refusals += 1
@@ -364,6 +367,15 @@ class Worker:
         failure = failure_of(failed, study_uid=change.study_uid, sequence=sequence, heals=heals)
         study = self._roads.parked(change, row)
         return Settled("failed", study, failures=(*change.failures, failure))
+
+
+@contextmanager
+def _in_vain() -> Iterator[None]:
+    """What is not given back runs out, and what is not committed will be read again."""
+    try:
+        yield
+    except (errors.LeaseLost, errors.Unavailable) as failure:
+        log.warning("not given back", reason=str(failure))
 
 
 def _question(change: StudyChange) -> tuple[PatientKey, str | None]:

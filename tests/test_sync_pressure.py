@@ -1,0 +1,225 @@
+"""How much is asked of a service at once, who waits for it, and whose failure it is when it says no."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hospital import Hospital, Json, a_study, uid
+from scripted import Answer, Request, serving
+from virtual import Clock
+
+from dicomcast import app, errors, wire
+from dicomcast import sandbox as services
+
+# How much at once
+
+
+class Counter:
+    """Answers after all who come at once are there, or after a moment; `most` that were there together."""
+
+    def __init__(self, *, bears: int):
+        self.bears = bears
+        self.most = 0
+        self._now = 0
+        self._lock = threading.Lock()
+        self._gate = threading.Event()
+
+    def answer(self, _: Request) -> Answer:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            crowd = self._now > self.bears
+        self._gate.wait(0.02)
+        with self._lock:
+            self._now -= 1
+        return Answer(429, headers={"Retry-After": "0"}) if crowd else Answer(200, b"{}")
+
+
+def ask(url: str, times: int, *, parallel: int = 100) -> wire.Service:
+    """Ask for so much at once."""
+    service = wire.Service(name="fhir", url=url, auth=None, timeout=10, clock=Clock(), parallel=parallel)
+
+    async def one() -> None:
+        while True:
+            try:
+                await service.read("GET", "/")
+            except errors.Unavailable:
+                continue
+            return
+
+    async def everything() -> None:
+        await asyncio.gather(*(one() for _ in range(times)))
+        await service.close()
+
+    asyncio.run(everything())
+    return service
+
+
+def test_four_requests_at_once_are_the_beginning() -> None:
+    counter = Counter(bears=100)
+    with serving(counter.answer) as service:
+        ask(service.url, 4)
+        ask(service.url, 4)
+
+    assert counter.most == 4
+
+
+def test_requests_at_once_grow_while_the_service_bears_them() -> None:
+    counter = Counter(bears=100)
+    with serving(counter.answer) as service:
+        grown = ask(service.url, 200).parallel
+
+    assert 8 < grown < 40  # one more a round
+    assert counter.most <= grown
+
+
+def test_requests_at_once_never_exceed_the_setting() -> None:
+    counter = Counter(bears=100)
+    with serving(counter.answer) as service:
+        grown = ask(service.url, 60, parallel=6).parallel
+
+    assert grown == 6
+    assert counter.most <= 6
+
+
+def test_a_service_that_has_too_much_gets_half() -> None:
+    counter = Counter(bears=9)
+    with serving(counter.answer) as service:
+        left = ask(service.url, 300).parallel
+
+    assert counter.most > 9  # it was tried
+    assert left <= 14  # and given up
+
+
+# Whose failure it is
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Iterator[Hospital]:
+    with services.start() as box:
+        one = Hospital(box.dicom_url, box.fhir_url, f"sqlite:///{tmp_path}/state.db", patience=3600)
+        yield one
+        one.close()
+
+
+def corrected(hospital: Hospital, study: list[Json], text: str) -> str:
+    """A study that is there gets an update; the path of its ImagingStudy."""
+    hospital.modality.correct([uid(study[0])], {"StudyDescription": text})
+    return f"ImagingStudy/{hospital.study(uid(study[0]))['id']}"
+
+
+def test_a_403_for_one_study_is_its_own_failure(hospital: Hospital) -> None:
+    denied, sane = a_study(), a_study()
+    hospital.send(*denied)
+    hospital.sync()
+    there = corrected(hospital, denied, "secret")
+    hospital.send(*sane)
+    hospital.fault("fhir", method="PUT", path=there, status=403)
+
+    assert hospital.sync() == {"created": 1, "failed": 1}
+
+    assert hospital.watermark() == hospital.latest()
+    (failure,) = hospital.failures()
+    assert (failure["kind"], failure["study_instance_uid"]) == ("denied", uid(denied[0]))
+    assert failure["next_retry"] is not None
+    hospital.heal()
+    hospital.clock.skip(3600)
+    assert hospital.sync() == {"updated": 1}
+    hospital.check(uid(denied[0]))
+    assert hospital.failures() == []
+
+
+def test_a_403_for_every_write_is_an_outage(hospital: Hospital) -> None:
+    old, new = a_study(), a_study()
+    hospital.send(*old)
+    hospital.sync()
+    corrected(hospital, old, "later")
+    hospital.send(*new)
+    hospital.fault("fhir", method="PUT", status=403)
+    hospital.fault("fhir", method="POST", path="^/fhir/Endpoint$", status=403)
+    hospital.patience = 600
+
+    with pytest.raises(errors.Forbidden):
+        hospital.sync()
+
+    assert hospital.failures() == []
+    hospital.heal()
+    hospital.sync()
+    hospital.check(uid(old[0]))
+    hospital.check(uid(new[0]))
+
+
+def test_a_403_for_the_metadata_of_one_study_is_its_own_failure(hospital: Hospital) -> None:
+    denied, sane = a_study(), a_study()
+    hospital.send(*denied)
+    hospital.sync()
+    corrected(hospital, denied, "secret")
+    hospital.send(*sane)
+    hospital.fault("dicom", path=f"{uid(denied[0])}/metadata", status=403)
+
+    assert hospital.sync() == {"created": 1, "failed": 1}
+    assert hospital.kinds() == ["denied"]
+
+
+def refused_studies(hospital: Hospital, count: int) -> list[list[Json]]:
+    """Studies that are there, each with an update that is still to come."""
+    studies = [a_study() for _ in range(count)]
+    hospital.send(*(study[0] for study in studies))
+    hospital.sync()
+    for some in (studies[:50], studies[50:]):
+        if some:
+            hospital.modality.correct([uid(study[0]) for study in some], {"StudyDescription": "again"})
+    return studies
+
+
+def test_twenty_four_refusals_are_failures_of_their_studies(hospital: Hospital) -> None:
+    refused_studies(hospital, 24)
+    hospital.fault("fhir", method="PUT", status=422)
+    hospital.patience = 30
+
+    assert hospital.sync() == {"failed": 24}
+    assert hospital.kinds() == ["rejected"] * 24
+    assert hospital.watermark() == hospital.latest()
+
+
+def test_twenty_five_refusals_in_a_row_stop_the_sync(hospital: Hospital) -> None:
+    studies = refused_studies(hospital, 60)
+    hospital.fault("fhir", method="PUT", status=422)
+    hospital.patience = 30
+
+    with pytest.raises(errors.Unavailable, match=r"25 studies in a row were refused .rejected."):
+        hospital.sync()
+
+    assert 24 <= len(hospital.failures()) < 30
+    assert hospital.watermark() < hospital.latest()
+    status = app.status(hospital.options())["feed"]["trouble"]
+    assert "25 studies in a row" in status
+
+    hospital.heal()
+    hospital.clock.skip(3600)
+    hospital.sync()
+    for study in studies:
+        hospital.check(uid(study[0]))
+    assert hospital.failures() == []
+
+
+def test_refused_studies_give_way_to_others_in_the_end(hospital: Hospital) -> None:
+    studies, sane = refused_studies(hospital, 30), a_study()
+    hospital.send(*sane)
+    hospital.fault("fhir", method="PUT", status=422)
+    hospital.patience = 100_000
+
+    assert hospital.sync() == {"created": 1, "failed": 30}
+    hospital.check(uid(sane[0]))
+    assert len(hospital.kinds()) == len(studies)
+
+
+def test_one_that_is_taken_between_begins_the_count_anew(hospital: Hospital) -> None:
+    studies = refused_studies(hospital, 40)
+    taken = hospital.study(uid(studies[20][0]))["id"]
+    hospital.fault("fhir", method="PUT", path=f"ImagingStudy/(?!{taken})", status=422)
+    hospital.patience = 30
+
+    assert hospital.sync(sync={"parallel": 1}) == {"updated": 1, "failed": 39}
