@@ -15,7 +15,7 @@ _NAMESPACE = uuid.UUID("8f2f6e1c-6d0e-5c55-9a0b-3d1c7a4e9b10")
 """Of all ids that we assign. It must never change: a lost database finds its resources by it."""
 
 TAG = {"system": "urn:dicomcast", "code": "created"}
-"""`meta.tag` of a Patient or an Observation that we created."""
+"""`meta.tag` of a Patient, an Endpoint or an Observation that we created."""
 
 
 @dataclass(frozen=True, slots=True)

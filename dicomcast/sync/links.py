@@ -37,7 +37,7 @@ _MERGES = 5
 class Around:
     """What FHIR holds around a study, as one attempt sees it; None is nothing yet."""
 
-    key: PatientKey
+    key: PatientKey | None
     patient: Held | None
     endpoint: Held | None
 
@@ -139,19 +139,31 @@ class Links:
             self._endpoint = self._our_endpoint(*answers[len(queries) :])
             self._hints[_ENDPOINT] = now, []
 
-    async def around(self, key: PatientKey, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
-        """Patient and Endpoint; with `study_uid` also who its ImagingStudy is, if there is one."""
-        studies = [study_uid] if study_uid else []
-        while self._unknown(studies, [key]):  # another lane may have given up what it took for known
-            await self.look_up(studies, [key])
+    async def around(self, key: PatientKey | None, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
+        """Our Endpoint, with `key` the Patient, with `study_uid` also who its ImagingStudy is, if there is one."""
+        studies, patients = [study_uid] if study_uid else [], [key] if key else []
+        while self._unknown(studies, patients):  # another lane may have given up what it took for known
+            await self.look_up(studies, patients)
         _, of_study = self._hints.pop(("ImagingStudy", *_study_identity(study_uid or "")), (0.0, []))
-        _, of_patient = self._hints.pop(("Patient", *key), (0.0, []))
-        patient, endpoint = self._patients.get(key), self._endpoint
+        _, of_patient = self._hints.pop(("Patient", *key) if key else _ENDPOINT, (0.0, []))
+        patient, endpoint = self._patients.get(key) if key else None, self._endpoint
         if endpoint is None:
             self._hints.pop(_ENDPOINT, None)
-        if patient is None and (found := _only(of_patient)) is not None:
+        if key and patient is None and (found := _only(of_patient)) is not None:
             patient = self._remember(key, await self._surviving(found))
         return Around(key, patient, endpoint), _only(of_study)
+
+    async def owned_elsewhere(self, study: Held, endpoint: str) -> bool:
+        """Whether an ImagingStudy belongs to another feed: the first Endpoint that dicomcast made is not ours."""
+        for one in study.resource.get("endpoint") or ():
+            reference = str(one.get("reference"))
+            if reference == endpoint:
+                break
+            kind, _, name = reference.rpartition("/")
+            there = await self._fhir.read("Endpoint", name) if kind == "Endpoint" else None
+            if there is not None and resources.is_tagged(there.resource):
+                return True
+        return False
 
     async def permitted(self) -> bool:
         """Probe: whether our credentials may write at all. Our Endpoint, where there is one, can be written again."""
@@ -193,6 +205,7 @@ class Links:
         `exact`: `wanted` comes from the whole study. Raises `StudyFailed` where the policy wants a Patient that is
         not there, and `Disagreement` where only the whole study can say how the Patient's demographics are.
         """
+        assert around.key is not None
         if self._policy == "identifier-only":
             return {"type": "Patient", "identifier": wanted["identifier"][0]}, None
         held = around.patient
@@ -228,12 +241,12 @@ class Links:
             await self._ledger.commit()
         return subject, update
 
-    async def written(self, key: PatientKey, write: Write, done: Written, *, sequence: int) -> None:
+    async def written(self, key: PatientKey | None, write: Write, done: Written, *, sequence: int) -> None:
         """Remember what we wrote of Patient or Endpoint."""
         held = Held(write.type, done.id, done.version, {**(write.resource or {}), "id": done.id})
         if write.type == "Endpoint":
             self._endpoint = held
-        elif write.type == "Patient":
+        elif write.type == "Patient" and key is not None:
             self._intended.pop(key, None)
             self._remember(key, held)
             before = None if write.creates else await self._ledger.patient(done.id)

@@ -31,7 +31,8 @@ def endpoint(held: Held | None, *, rules: mapping.Mapping, naming: Naming) -> Wr
     """Our Endpoint: created, completed where it was adopted, or None where it is as we want it."""
     wanted = rules.endpoint()
     if held is None:
-        return _create("Endpoint", wanted, identifier=wanted["identifier"][0], naming=naming)
+        tagged = {**wanted, "meta": {"tag": [resources.TAG]}}
+        return _create("Endpoint", tagged, identifier=wanted["identifier"][0], naming=naming)
     return _update(held, rules.merge(held.resource, wanted), rules)
 
 
@@ -134,10 +135,24 @@ def observation(held: Held | None, wanted: mapping.Observed, *, rules: mapping.M
     return _update(held, rules.merge(held.resource, wanted.resource, report=wanted.name), rules)
 
 
-def ended(held: Held, *, status: str, rules: mapping.Mapping) -> Write | None:
-    """The ImagingStudy of a study that is gone, where it has to stay: no series, counts 0, `status`."""
-    kept = {name: value for name, value in held.resource.items() if name not in ("series", "modality")}
+def ended(held: Held, *, status: str, endpoint: str | None, rules: mapping.Mapping) -> Write | None:
+    """The ImagingStudy of a study that is gone, where it has to stay: no series, counts 0, `status`.
+
+    `endpoint`: where it is no longer.
+    """
+    kept = {name: value for name, value in held.resource.items() if name not in ("series", "modality", "endpoint")}
+    if others := [one for one in held.resource.get("endpoint") or () if one.get("reference") != endpoint]:
+        kept["endpoint"] = others
     return _update(held, {**kept, "status": status, "numberOfSeries": 0, "numberOfInstances": 0}, rules)
+
+
+def shared(held: Held, endpoint: str, *, there: bool) -> Write | None:
+    """The ImagingStudy of another feed with our Endpoint at the end of its own, or without it."""
+    others = [one for one in held.resource.get("endpoint") or () if one.get("reference") != endpoint]
+    wanted = [*others, {"reference": endpoint}] if there else others
+    if wanted == held.resource.get("endpoint"):
+        return None
+    return Write(held.type, {**held.resource, "endpoint": wanted}, id=held.id, if_match=held.version)
 
 
 def delete(held: Held) -> Write:

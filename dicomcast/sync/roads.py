@@ -21,7 +21,7 @@ from dicomcast.state import store
 from dicomcast.sync import observations, plan
 from dicomcast.sync.changes import StudyChange, failure_of
 from dicomcast.sync.ledger import Ledger, Outcome, Settled
-from dicomcast.sync.links import Around, Links
+from dicomcast.sync.links import Around, Links, PatientKey
 
 _CACHE_BYTES = 64_000_000
 _AT_ONCE = 100
@@ -143,15 +143,39 @@ class Roads:
             failures += archived.failures
             key = self._rules.patient_key(archived.instances)
             async with self._links.holding(key):
-                around, _ = await self._links.around(key)
-                build = self._whole(archived.instances)
-                settled = await self._write(
-                    change, row, held, build, around=around, instances=archived.instances, exact=True, observed=observed
-                )
+                settled = await self._if_shared(change, row, held, key, there=True)
+                if settled is None:
+                    around, _ = await self._links.around(key)
+                    build, instances = self._whole(archived.instances), archived.instances
+                    settled = await self._write(
+                        change, row, held, build, around=around, instances=instances, exact=True, observed=observed
+                    )
             return replace(settled, failures=tuple(failures), resolution="mapped", cut=cut)
         failures += archived.failures if archived else []
-        settled = await self._end(change, row, held, observed, failures=tuple(failures), gone=archived is None)
-        return replace(settled, resolution="deleted", cut=cut)
+        settled = await self._if_shared(change, row, held, None, there=archived is not None)
+        if settled is None:
+            settled = await self._end(change, row, held, observed, failures=tuple(failures), gone=archived is None)
+        return replace(settled, failures=tuple(failures), resolution="deleted", cut=cut)
+
+    async def _if_shared(
+        self, change: StudyChange, row: store.Study | None, held: Held | None, key: PatientKey | None, *, there: bool
+    ) -> Settled | None:
+        """Show in an ImagingStudy of another feed that the study is here too, or no longer; None where it is ours."""
+        if held is None or (row is not None and row.outcome not in ("shared", "deleted")):
+            return None
+        around, _ = await self._links.around(key)
+        endpoint, endpoint_write = self._links.endpoint(around)
+        if not await self._links.owned_elsewhere(held, endpoint):
+            return None
+        study_write = plan.shared(held, endpoint, there=there)
+        writes = [one for one in (endpoint_write if there else None, study_write) if one is not None]
+        addresses: dict[str, str] = {}
+        for write, done in await self._done(held, (), writes, addresses) if writes else ():
+            addresses[write.reference] = done.reference
+            await self._links.written(key, write, done, sequence=change.last_sequence)
+            held = _as_written(write, done, addresses) if write is study_write else held
+        study = self._row(change, row, "shared" if there else "deleted", held if there else None)
+        return Settled("updated" if writes else "unchanged", study)
 
     async def _in_fhir(self, study_uid: str, row: store.Study | None) -> Held | None:
         if row is not None and row.imaging_study is not None and row.outcome != "deleted":
@@ -214,7 +238,7 @@ class Roads:
             ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
             stays = not gone or self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
             if stays or not await self._deleted(held, observed):
-                kept = await self._ended(held, observed)
+                kept = await self._ended(held, observed, gone=gone)
             elif await self._dicom.lists(change.study_uid):
                 raise errors.Replan("the study came back while it was deleted")
         study = self._row(change, row, "failed" if failures else "cancelled" if kept else "deleted", kept)
@@ -238,10 +262,12 @@ class Roads:
         self._met[held.id] = held.version
         return conflict.referred and again and not await self._changed(held, leaving)
 
-    async def _ended(self, held: Held, observed: list[Held]) -> Held:
+    async def _ended(self, held: Held, observed: list[Held], *, gone: bool) -> Held:
         """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong."""
         status = "cancelled" if self._end_policy == "delete" else self._end_policy
-        ended = plan.ended(held, status=status, rules=self._rules)
+        around, _ = await self._links.around(None)
+        where = around.endpoint.reference if around.endpoint is not None and gone else None
+        ended = plan.ended(held, status=status, endpoint=where, rules=self._rules)
         kept = held
         for part in _parts([ended] if ended is not None else [], [plan.delete(one) for one in observed]):
             for write, done in await self._done(held, observed, part, {}):
