@@ -87,9 +87,10 @@ class _Documented(
     state: str
     timestamp: str
     partition: str | None = None
-    metadata: dict[str, msgspec.Raw] | None = None
+    metadata: msgspec.Raw = msgspec.Raw(b"null")
 
 
+_FULL = re.compile(rb"\{\s*[^}\s]")
 _DOCUMENTED = msgspec.json.Decoder(list[_Documented])
 _PAGE = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
@@ -112,7 +113,7 @@ def _entries(content: bytes, alone: int | None) -> list[Entry]:
             state=one.state,
             timestamp=one.timestamp,
             partition=one.partition,
-            metadata=DataSet(one.metadata) if one.metadata else None,
+            metadata=DataSet.later(one.metadata) if _FULL.match(one.metadata) else None,
         )
         for one in documented
     ]

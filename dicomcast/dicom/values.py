@@ -77,7 +77,8 @@ class DataSet(Mapping[str, Json]):
     Most attributes of an instance are read by nobody, and most of the others say what the last instance said.
     """
 
-    __slots__ = ("_elements", "_parsed")
+    __slots__ = ("_elements", "_parsed", "_text")
+    _text: Buffer
 
     def __init__(self, elements: dict[str, Json]):
         self._elements = elements
@@ -85,8 +86,9 @@ class DataSet(Mapping[str, Json]):
 
     @classmethod
     def of(cls, dataset: Json) -> "DataSet":
-        """A data set from parsed JSON. Raises `Invalid` for what is no object."""
+        """A data set from parsed JSON. Raises `Invalid` for what is no object, also where that was put off till now."""
         if isinstance(dataset, cls):
+            _ = dataset._elements
             return dataset
         if not isinstance(dataset, dict):
             raise Invalid("data set is not an object")
@@ -96,6 +98,22 @@ class DataSet(Mapping[str, Json]):
     def parse(cls, text: Buffer) -> "DataSet":
         """A data set from JSON text. Raises `ValueError`."""
         return cls(_SHALLOW.decode(text))
+
+    @classmethod
+    def later(cls, text: Buffer) -> "DataSet":
+        """One that stays text until it is asked for anything: a page of them would be cold when their turn comes."""
+        dataset = cls.__new__(cls)
+        dataset._parsed, dataset._text = {}, text
+        return dataset
+
+    def __getattr__(self, name: str) -> dict[str, Json]:
+        if name != "_elements":
+            raise AttributeError(name)
+        try:
+            self._elements = _SHALLOW.decode(self._text)
+        except ValueError:
+            raise Invalid("data set is not an object") from None
+        return self._elements
 
     def __contains__(self, tag: object) -> bool:
         return tag in self._elements

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -120,7 +120,7 @@ class Intake:
         async with _ahead(self._page(after, latest) for after in range(self._read_to, latest, PAGE)) as pages:
             async for entries in pages:
                 end = min(self._read_to + PAGE, latest)
-                for entry in entries:
+                for entry in _each_once(entries):
                     if self._ledger.watermark.seen < entry.sequence <= end:
                         self._take(entry)
                 self._read_to = end
@@ -195,6 +195,13 @@ class Intake:
         self.behind = False
         self.head = self._ledger.latest if self.head is None else self.head
         self.moved.set()
+
+
+def _each_once(entries: list[feed.Entry]) -> Iterator[feed.Entry]:
+    """The entries, of which the list keeps none: what was read of one is gone before the next."""
+    entries.reverse()
+    while entries:
+        yield entries.pop()
 
 
 @asynccontextmanager

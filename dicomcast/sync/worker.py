@@ -34,6 +34,8 @@ _TROUBLES = 5
 _TROUBLE_LASTS = 120.0
 """Seconds and tries after which a request that alone fails, while the service is well, is its study's failure."""
 _STOP_WITHIN = 5.0
+_LATE = 60.0
+"""Seconds, beside twice the timeout, after which a write that we gave up won't arrive any more."""
 
 _DOUBTFUL = (errors.Troubled, errors.Forbidden)
 """What may be the service's trouble or the study's own."""
@@ -50,6 +52,7 @@ class _Tries:
     troubles: int = 0
     trouble_since: float = 0.0
     held: bool = False
+    in_doubt: bool = False
 
 
 class Worker:
@@ -95,6 +98,8 @@ class Worker:
         self._looking: asyncio.Task[None] | None = None
         self._one_by_one = False
         self._refused: tuple[str, int] = ("", 0)
+        self._doubts: dict[str, float] = {}
+        """Studies of which a write was given up, and when it can't take effect any more: a create has no If-Match."""
         self._last_commit = 0.0
 
     def trouble(self) -> str | None:
@@ -126,6 +131,9 @@ class Worker:
         await self._patience.unless_stopped(self._prepare())
         reader = tasks.create_task(self._intake.read(once=self._once))
         while not self._stop.is_set():
+            for uid in [uid for uid, due in self._doubts.items() if self._clock.monotonic() >= due]:
+                del self._doubts[uid]
+                self._intake.reconcile_soon(uid, "a write in doubt")
             await self._start_lanes(tasks)
             self._settle_demographics()
             await self._commit_in_time()
@@ -284,6 +292,8 @@ class Worker:
                     settled = await self._park(change, _internal(surprise))
             log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
             self.ledger.settle(uid, *self._links.settled(change, settled))
+            if tries.in_doubt:
+                self._doubts[uid] = self._clock.monotonic() + 2 * self._options.fhir.timeout + _LATE
         del self._lanes[uid]
         self._intake.moved.set()
 
@@ -322,6 +332,7 @@ class Worker:
         else:
             well = await self._fhir.answers()
         if isinstance(failure, errors.OutcomeUnknown):
+            tries.in_doubt = True
             self._forget(change, refused=False)
         if not well:
             self._patience.note(
