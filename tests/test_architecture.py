@@ -36,8 +36,9 @@ ARROWS: dict[str, set[str]] = {
     "mappings": {"mapping"},
 }
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
-CORE_LINES = 7_000
+CORE_LINES = 6_900
 BESIDE = {"sandbox", "demo", "authoring", "mappings"}  # what no sync runs, and the rules themselves, which are data
+FILES = PACKAGE / "dicom" / "files.py"  # for those beside the core alone: a sync reads no files
 
 
 def room(module: Path) -> str:
@@ -118,5 +119,5 @@ def code_lines(source: str) -> int:
 
 
 def test_core_can_be_read_in_an_afternoon() -> None:
-    core = [module for module in MODULES if room(module) not in BESIDE]
+    core = [module for module in MODULES if room(module) not in BESIDE and module != FILES]
     assert sum(code_lines(module.read_text(encoding="utf-8")) for module in core) <= CORE_LINES
