@@ -3,10 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hospital import Hospital, Json, a_study, uid
+from hospital import Hospital, Json, a_study, uid, until
 from scripted import Answer, Request, serving
 from virtual import Clock
 
@@ -223,3 +224,41 @@ def test_one_that_is_taken_between_begins_the_count_anew(hospital: Hospital) -> 
     hospital.patience = 30
 
     assert hospital.sync(sync={"parallel": 1}) == {"updated": 1, "failed": 39}
+
+
+# A write that was given up
+
+
+@contextmanager
+def running(hospital: Hospital) -> Iterator[None]:
+    """`dicomcast run` in a thread of its own."""
+    loop = asyncio.new_event_loop()
+    options = hospital.options(web={"port": 0})
+    app.configure_logging(options.log)
+    task = loop.create_task(app.run(options, clock=hospital.clock))
+    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
+    thread.start()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join(60)
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+def test_a_create_that_arrives_long_after_it_was_given_up_is_put_right(hospital: Hospital) -> None:
+    study = a_study(instances=3)
+    hospital.send(*study)
+    hospital.fault(
+        "fhir", method="POST", path="^/fhir$", skip=1, times=1, status=500
+    )
+    with running(hospital):
+        until(lambda: hospital.study(uid(study[0])))
+        shown = hospital.study(uid(study[0]))
+        late = {**shown, "numberOfInstances": 1, "series": [{**shown["series"][0], "instance": []}]}
+        del late["series"][0]["instance"]
+        hospital.put(late)  # a create that a proxy has kept has no version to match
+
+        until(lambda: hospital.study(uid(study[0]))["numberOfInstances"] == 3)
+    hospital.check(uid(study[0]))
