@@ -4,6 +4,8 @@ import asyncio
 import time
 from datetime import UTC, datetime
 
+_BOOTTIME = getattr(time, "CLOCK_BOOTTIME", None)
+
 
 class Clock:
     """The machine's own time. Tests put a virtual one in its place."""
@@ -13,8 +15,8 @@ class Clock:
         return datetime.now(UTC)
 
     def monotonic(self) -> float:
-        """Seconds that never go back; the origin means nothing."""
-        return time.monotonic()
+        """Seconds that never go back, from anywhere; on Linux they pass also while the machine is suspended."""
+        return time.clock_gettime(_BOOTTIME) if _BOOTTIME is not None else time.monotonic()
 
     async def sleep(self, seconds: float) -> None:
         """Let others run for `seconds`."""

@@ -23,6 +23,7 @@ No message holds an attribute value: UIDs, tags, VRs, rule names, lengths and st
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class Error(Exception):
@@ -89,9 +90,13 @@ class Replan(Error):
 
 
 class Conflict(Replan):
-    """The FHIR resource moved under us; `referred`: or others refer to what should go (409)."""
+    """The FHIR resource moved under us; `referred`: or others refer to what should go (409).
+
+    `replaced`: what a create with an id of ours has overwritten, in the FHIR client's words.
+    """
 
     referred = False
+    replaced: Sequence[Any] = ()
 
 
 class Disagreement(Replan):

@@ -171,16 +171,22 @@ class Service:
         raise AssertionError("the last attempt raises")
 
     async def write(
-        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, content: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        ready: Callable[[], None] = lambda: None,
     ) -> Response:
-        """Send once. Raises what `read` raises, and `OutcomeUnknown`.
+        """Send once, after `ready`. Raises what that and `read` raise, and `OutcomeUnknown`.
 
         The timeout grows with the body: 60 s per MB beside the service's own.
         """
         seconds = self._timeout + 60.0 * len(content or b"") / 1e6
         timeout = httpx.Timeout(seconds, connect=min(seconds, _CONNECT))
         async with self._failures(write=True):
-            response = await self._send(method, path, headers=headers, content=content, timeout=timeout)
+            response = await self._send(method, path, ready, headers=headers, content=content, timeout=timeout)
         self._check(response, also=(), write=True)
         return response
 
@@ -211,8 +217,9 @@ class Service:
     def _address(self, path: str) -> str:
         return path if path.startswith(("http://", "https://")) else f"{self.url}{path}"
 
-    async def _send(self, method: str, path: str, **request: Any) -> Response:
+    async def _send(self, method: str, path: str, ready: Callable[[], None] = lambda: None, **request: Any) -> Response:
         async with self._room.place() as learn:
+            ready()
             self.requests += 1
             async with self._client.stream(method, self._address(path), **request) as answer:
                 learn(answer.status_code)

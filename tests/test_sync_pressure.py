@@ -4,11 +4,14 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
+import gateway
 import pytest
 from hospital import Hospital, Json, a_study, uid, until
 from scripted import Answer, Request, serving
+from starlette.responses import Response
 from virtual import Clock
 
 from dicomcast import app, errors, wire
@@ -152,6 +155,23 @@ def test_a_403_for_every_write_is_an_outage(hospital: Hospital) -> None:
     hospital.check(uid(new[0]))
 
 
+def test_where_others_are_taken_a_403_is_one_study_s_own_though_our_endpoint_is_not_to_be_written(
+    hospital: Hospital,
+) -> None:
+    denied, others = a_study(), [a_study() for _ in range(5)]
+    hospital.send(*denied, *(study[0] for study in others))
+    hospital.sync()
+    there = corrected(hospital, denied, "secret")
+    for study in others:
+        corrected(hospital, study, "later")
+    hospital.fault("fhir", method="PUT", path=there, status=403)
+    hospital.fault("fhir", method="POST", path="^/fhir/Endpoint$", status=403)
+
+    assert hospital.sync() == {"updated": 5, "failed": 1}
+    assert hospital.kinds() == ["denied"]
+    assert hospital.watermark() == hospital.latest()
+
+
 def test_a_403_for_the_metadata_of_one_study_is_its_own_failure(hospital: Hospital) -> None:
     denied, sane = a_study(), a_study()
     hospital.send(*denied)
@@ -250,9 +270,7 @@ def running(hospital: Hospital) -> Iterator[None]:
 def test_a_create_that_arrives_long_after_it_was_given_up_is_put_right(hospital: Hospital) -> None:
     study = a_study(instances=3)
     hospital.send(*study)
-    hospital.fault(
-        "fhir", method="POST", path="^/fhir$", skip=1, times=1, status=500
-    )
+    hospital.fault("fhir", method="POST", path="^/fhir$", skip=1, times=1, status=500)
     with running(hospital):
         until(lambda: hospital.study(uid(study[0])))
         shown = hospital.study(uid(study[0]))
@@ -262,3 +280,41 @@ def test_a_create_that_arrives_long_after_it_was_given_up_is_put_right(hospital:
 
         until(lambda: hospital.study(uid(study[0]))["numberOfInstances"] == 3)
     hospital.check(uid(study[0]))
+
+
+# One that troubles many
+
+
+def test_a_patient_that_cannot_be_searched_for_stops_no_other(hospital: Hospital) -> None:
+    poison, sane = a_study(patient_id="POISON"), [a_study() for _ in range(10)]
+    hospital.send(*poison, *(study[0] for study in sane))
+    with gateway.before(hospital.fhir_url) as between:
+        between.answer = lambda method, path, body: Response(status_code=500) if b"POISON" in body else None
+
+        assert hospital.sync(fhir={"url": between.url}) == {"created": 10, "failed": 1}
+
+    assert hospital.kinds() == ["server-error"]
+    assert hospital.watermark() == hospital.latest()
+    for study in sane:
+        hospital.check(uid(study[0]))
+
+
+def test_who_is_told_to_wait_waits_though_others_go_on(hospital: Hospital) -> None:
+    told: list[float] = []
+
+    def answer(method: str, path: str, body: bytes) -> Response | None:
+        if not (gateway.writes(method, path, body) and b"BUSY" in body):
+            return None
+        told.append(hospital.clock.monotonic())
+        return Response(status_code=429, headers={"Retry-After": "300"}) if len(told) < 4 else None
+
+    hospital.send(*a_study())
+    hospital.sync()
+    hospital.send(*a_study(patient_id="BUSY"), *(a_study()[0] for _ in range(30)))
+    with gateway.before(hospital.fhir_url) as between:
+        between.answer = answer
+
+        assert hospital.sync(fhir={"url": between.url}) == {"created": 31}
+
+    assert len(told) == 4
+    assert min(later - before for before, later in pairwise(told)) >= 300

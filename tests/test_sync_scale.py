@@ -190,6 +190,23 @@ def test_two_hours_of_outage_under_five_thousand_entries_park_nothing(archive: A
     assert {one["numberOfInstances"] for one in hospital.search("ImagingStudy")} == {50}
 
 
+def test_what_is_deleted_while_it_is_asked_about_is_no_trouble(archive: Archive, hospital: Hospital) -> None:
+    studies = range(1, 101)
+    for block in (studies[:50], studies[50:]):
+        for study in block:
+            archive.add(instance(study, 1, patient=study))
+            archive.add(instance(study, 2, patient=study), state="Deleted", metadata=None)
+            del archive.studies[f"{ROOT}.{study}"][1]
+        for study in block:  # another page, a minute later: what came before is quiet
+            dataset = instance(study, 2, patient=study)
+            archive.add(dataset, action="Delete", state="Deleted", metadata=None, timestamp="2024-03-12T00:00:00Z")
+            del archive.studies[f"{ROOT}.{study}"][1]
+
+    assert hospital.sync() == {"created": 100}
+    assert {one["numberOfInstances"] for one in hospital.search("ImagingStudy")} == {1}
+    assert hospital.watermark() == 300
+
+
 def test_poison_among_a_thousand_stops_nobody(archive: Archive, hospital: Hospital) -> None:
     archive.fill([10] * 100)
     impossible = archive.entries[500]

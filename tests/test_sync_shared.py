@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import gateway
 import pytest
 from hospital import Hospital, Json, a_study, uid
 
@@ -97,3 +98,70 @@ def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital,
     other.modality.delete(uid(study[0]))
     other.sync()
     assert one.study(uid(study[0])) is None
+
+
+def test_a_failure_of_the_second_feed_makes_the_study_not_its_own(two: tuple[Hospital, Hospital]) -> None:
+    one, other = two
+    study = a_study(instances=3)
+    one.send(*study)
+    one.sync()
+    one.fault("fhir", method="POST", path="^/fhir$", skip=1, status=422)
+    other.send(study[0])
+    assert other.sync() == {"failed": 1}
+    one.heal()
+    other.send(study[1])
+
+    assert other.sync() == {"updated": 1}
+    assert other.status(uid(study[0]))["outcome"] == "shared"
+    other.modality.correct([uid(study[0])], {"StudyDescription": "elsewhere"})
+    one.fault("fhir", path="ImagingStudy", status=404)
+    other.sync()
+    one.heal()
+    other.clock.skip(100_000)
+    other.sync()
+
+    assert one.study(uid(study[0]))["numberOfInstances"] == 3
+    assert endpoints(one, study) == [one.dicom_url, other.dicom_url]
+
+
+def test_who_comes_first_by_a_moment_keeps_the_study(two: tuple[Hospital, Hospital]) -> None:
+    one, other = two
+    study = a_study(instances=3)
+    one.send(*study)
+    other.send(study[0])
+    first = [one.sync]
+
+    def somebody() -> None:
+        if first:
+            first.pop()()
+
+    with gateway.before(other.fhir_url, somebody) as between:
+        other.sync(fhir={"url": between.url})  # it has looked, and found nothing
+
+    assert one.study(uid(study[0]))["numberOfInstances"] == 3
+    assert endpoints(one, study) == [one.dicom_url, other.dicom_url]
+    assert other.status(uid(study[0]))["outcome"] == "shared"
+
+
+def test_an_adopted_endpoint_owns_its_studies_too(two: tuple[Hospital, Hospital]) -> None:
+    one, other = two
+    endpoint = {
+        "resourceType": "Endpoint",
+        "status": "active",
+        "connectionType": {
+            "system": "http://terminology.hl7.org/CodeSystem/endpoint-connection-type",
+            "code": "dicom-wado-rs",
+        },
+        "payloadType": [{"text": "DICOM WADO-RS"}],
+        "address": one.dicom_url,
+    }
+    one.post(endpoint)
+    study = a_study(instances=3)
+    one.send(*study)
+    one.sync()
+    other.send(study[0])
+
+    other.sync()
+
+    assert one.study(uid(study[0]))["numberOfInstances"] == 3
+    assert other.status(uid(study[0]))["outcome"] == "shared"

@@ -5,9 +5,9 @@ transaction's `etag`, lists no `batch` and no `updateCreate` though it has both,
 minute unless told `no-cache`; Azure refuses strong ETags. References: Azure `microsoft/fhir-server`, HAPI 8.8.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import orjson
@@ -51,7 +51,10 @@ def by_identifier(resource_type: str, system: str | None, value: str) -> Query:
 def by_identifiers(
     resource_type: str, identities: Iterable[tuple[str | None, str]], *, elements: str | None = None
 ) -> Query:
-    """All resources with one of these identifiers, or no more than some `elements` of them."""
+    """All resources with one of these identifiers, or no more than some `elements` of them.
+
+    HAPI 8.8 gives whole resources all the same where such a search is part of a batch: it is always sent alone.
+    """
     tokens = ",".join(resources.token(*identity) for identity in identities)
     only = (("_elements", elements),) if elements else ()
     return Query(resource_type, (("identifier", tokens), *only, ("_count", "100")))
@@ -64,6 +67,8 @@ class FhirService:
         self._service = service
         self._ids = ids
         self._can: Capability | None = None
+        self.may_write: Callable[[], None] = lambda: None
+        """Asked at the last moment before anything is written; raises where it may not."""
         self._batch_refused = False
 
     @property
@@ -97,14 +102,16 @@ class FhirService:
     async def search(self, queries: Sequence[Query]) -> list[list[Held]]:
         """Hits of each query: one batch where the service has it, else a request each."""
         can = await self.capability()
-        if len(queries) > 1 and can.batch and not self._batch_refused:
+        together = [query for query in queries if "_elements" not in dict(query.parameters)]
+        found: dict[Query, list[Held]] = {}
+        if len(together) > 1 and can.batch and not self._batch_refused:
             try:
-                return await self._search_together(queries)
+                found = dict(zip(together, await self._search_together(together), strict=True))
             except errors.Rejected:
                 self._batch_refused = True
             except errors.Troubled:
                 pass  # it may work one by one, and in a batch the next time
-        return [await self._search_alone(query) for query in queries]
+        return [found[query] if query in found else await self._search_alone(query) for query in queries]
 
     async def read(self, resource_type: str, resource_id: str) -> Held | None:
         """The present version; None where it never was (404) or is deleted (410)."""
@@ -112,6 +119,20 @@ class FhirService:
         if response.status_code in (404, 410):
             return None
         return resources.held(_json(response.content), etag=response.headers.get("etag"))
+
+    async def restore(self, replaced: Written) -> None:
+        """Put back what a create has overwritten, as far as the service keeps versions; nobody has to know why."""
+        if replaced.version is None or not replaced.version.isdigit():
+            return
+        path = f"/{replaced.type}/{replaced.id}/_history/{int(replaced.version) - 1}"
+        try:
+            response = await self._service.read("GET", path, headers=_READ, also={404, 410})
+            if response.status_code == 200:
+                before = {name: value for name, value in _json(response.content).items() if name != "id"}
+                content = {**before, "id": replaced.id}
+                await self.write([Write(replaced.type, content, id=replaced.id, if_match=replaced.version)])
+        except (errors.Rejected, errors.Conflict):
+            pass
 
     async def write(self, writes: Sequence[Write]) -> list[Written | None]:
         """Do all of them or none: one plain interaction, else a transaction.
@@ -134,6 +155,9 @@ class FhirService:
                 addresses[write.full_url] = done.reference
             written.append(done)
         return written
+
+    async def _write(self, method: str, path: str, **request: Any) -> wire.Response:
+        return await self._service.write(method, path, ready=self.may_write, **request)
 
     async def _statement(self) -> Json:
         try:
@@ -226,15 +250,20 @@ class FhirService:
             "type": "transaction",
             "entry": [_entry(self._service.url, one) for one in writes],
         }
-        response = await self._service.write("POST", "", headers=_WRITE, content=decimals.dumps(bundle))
+        response = await self._write("POST", "", headers=_WRITE, content=decimals.dumps(bundle))
+        written, conflicts = [], []
         try:
-            answers = _report(response.content)["entry"]
-            return [
-                _written(write, _status(answer), answer["response"], answer.get("resource"))
-                for write, answer in zip(writes, answers, strict=True)
-            ]
+            for write, answer in zip(writes, _report(response.content)["entry"], strict=True):
+                try:
+                    written.append(_written(write, _status(answer), answer["response"], answer.get("resource")))
+                except errors.Conflict as conflict:
+                    conflicts.append(conflict)
         except (ValueError, LookupError, TypeError):
             raise errors.OutcomeUnknown("fhir: the transaction's answer can't be read") from None
+        if conflicts:
+            conflicts[0].replaced = [one for conflict in conflicts for one in conflict.replaced]
+            raise conflicts[0]
+        return written
 
     async def _interaction(self, write: Write, addresses: dict[str, str]) -> Written | None:
         headers = dict(_WRITE)
@@ -242,7 +271,7 @@ class FhirService:
             headers["If-Match"] = f'W/"{write.if_match}"'
         if write.resource is None:
             try:
-                await self._service.write("DELETE", f"/{write.type}/{write.id}", headers=headers)
+                await self._write("DELETE", f"/{write.type}/{write.id}", headers=headers)
             except errors.Rejected as refused:
                 if refused.status not in (404, 410):
                     raise
@@ -250,9 +279,9 @@ class FhirService:
         content = decimals.dumps(resources.pointing(write.resource, addresses))
         if write.id is None:
             headers["If-None-Exist"] = write.if_none_exist or ""
-            response = await self._service.write("POST", f"/{write.type}", headers=headers, content=content)
+            response = await self._write("POST", f"/{write.type}", headers=headers, content=content)
         else:
-            response = await self._service.write("PUT", f"/{write.type}/{write.id}", headers=headers, content=content)
+            response = await self._write("PUT", f"/{write.type}/{write.id}", headers=headers, content=content)
         return _written(write, response.status_code, response.headers, _report(response.content))
 
 
@@ -279,10 +308,6 @@ def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) 
         raise wire.error_of("fhir", status, write=True)
     if write.resource is None:
         return None
-    if write.creates and status != 201:
-        conflict = errors.Conflict("fhir: somebody created it first")
-        conflict.partial = True
-        raise conflict
     body = body or {}
     location = headers.get("location") or headers.get("content-location") or ""
     path = location.partition("?")[0].split("/")
@@ -291,7 +316,12 @@ def _written(write: Write, status: int, headers: Mapping[str, str], body: Json) 
     if not written_id:
         raise errors.OutcomeUnknown("fhir: a create was answered without an id")
     version = resources.version_in(headers.get("etag")) or (body.get("meta") or {}).get("versionId")
-    return Written(write.type, written_id, version or (path[history + 1] if history + 1 < len(path) else None))
+    done = Written(write.type, written_id, version or (path[history + 1] if history + 1 < len(path) else None))
+    if write.creates and status != 201:
+        conflict = errors.Conflict("fhir: somebody created it first")
+        conflict.partial, conflict.replaced = True, [done] if write.id else []
+        raise conflict
+    return done
 
 
 def _json(content: bytes) -> Json:

@@ -38,6 +38,8 @@ class StudyChange:
     """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
     urgent: bool = False
     """To be written without waiting for quiet."""
+    entries: int = 0
+    """How often it was touched."""
 
     def note(self, *sequences: int) -> None:
         """Entries that this settles."""
@@ -122,6 +124,7 @@ class Buffer:
         self._settle = settle
         self._limit = limit
         self._studies: dict[str, StudyChange] = {}
+        self._entries = 0
         self._draining = False
         self.room = asyncio.Event()
         """Set when something was taken out."""
@@ -138,37 +141,40 @@ class Buffer:
         """Whether no more should be read before something is written."""
         return self._entries >= self._limit
 
-    @property
-    def _entries(self) -> int:
-        return sum(len(change.sequences) for change in self._studies.values())
-
     def touch(self, study_uid: str, *, now: float) -> StudyChange:
         """The study's pending change, now the most recently touched."""
         change = self._studies.pop(study_uid, None) or StudyChange(study_uid, arrived=now, touched=now)
         change.touched = now
+        change.entries += 1
+        self._entries += 1
         self._studies[study_uid] = change
         return change
 
     def take(self, study_uid: str) -> StudyChange | None:
         """Remove and return what is pending of a study."""
         self.room.set()
-        return self._studies.pop(study_uid, None)
+        change = self._studies.pop(study_uid, None)
+        self._entries -= change.entries if change else 0
+        return change
 
     def due_behind(self, feed_time: datetime | None) -> Iterator[StudyChange]:
         """While catching up: what is quiet in feed time; once full, the longest untouched until half empty."""
         self._draining = self.full or (self._draining and self._entries > self._limit // 2)
         excess = self._entries - self._limit // 2 if self._draining else 0
-        for change in list(self):
-            quiet = timedelta(seconds=self._quiet(len(change.instances)))
+        for change in self:
             if excess > 0:
-                excess -= len(change.sequences)
+                excess -= change.entries
                 yield change
-            elif feed_time and change.feed_time and feed_time - change.feed_time > quiet:
+                continue
+            age = feed_time - change.feed_time if feed_time and change.feed_time else timedelta()
+            if age <= timedelta(seconds=self._settle.idle):
+                return  # those that follow were touched later
+            if age > timedelta(seconds=self._quiet(len(change.instances))):
                 yield change
 
     def due_at_head(self, *, now: float) -> Iterator[StudyChange]:
         """At the head: a study new to us at once, others when quiet, half anew and old, or very old."""
-        for change in list(self):
+        for change in self:
             held, pending, age = change.held or 0, len(change.sequences), now - change.arrived
             if (
                 change.urgent

@@ -6,7 +6,7 @@ or to the database unless a quarter of the lease is left on our own clock: fenci
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -56,6 +56,7 @@ class Ledger:
         self._writing: store.Effects | None = None
         self._commits = asyncio.Lock()
         self._marks: dict[int, tuple[str, str, str]] = {}
+        self._pruned_at = 1000
         self.position: store.Position | None = None
         self.watermark = Watermark(0)
         self.latest = 0
@@ -92,14 +93,14 @@ class Ledger:
 
     async def open(self, feed_name: str, *, url: str, owner: str) -> None:
         """Open the database, take the lease and read the position. Raises `LeaseHeld` and `Incompatible`."""
-        await asyncio.to_thread(self._store.open)
+        await _in_thread(self._store.open)
         asked = self._clock.monotonic()
-        lease = await asyncio.to_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
+        lease = await _in_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
         self._lease, self._held_until = lease, asked + self._seconds
         if lease.expired:
             # Its last owner may still have a write under way that it began when a quarter was left.
             await self._clock.sleep(self._seconds / 4)
-        self.position = await asyncio.to_thread(self._store.position, lease)
+        self.position = await _in_thread(self._store.position, lease)
         if self.position is not None:
             self.watermark = Watermark(self.position.watermark)
             self.latest = self.position.latest
@@ -110,7 +111,7 @@ class Ledger:
             await self._clock.sleep(self._seconds / 4)
             asked = self._clock.monotonic()
             try:
-                await asyncio.to_thread(self._store.renew, self.lease, seconds=self._seconds)
+                await _in_thread(self._store.renew, self.lease, seconds=self._seconds)
             except errors.Unavailable as away:
                 self._away = away.reason
                 if self._clock.monotonic() > self._held_until:
@@ -128,7 +129,7 @@ class Ledger:
     async def close(self) -> None:
         """Give the lease back at once."""
         if self._lease is not None:
-            await asyncio.to_thread(self._store.release, self._lease)
+            await _in_thread(self._store.release, self._lease)
             self._lease = None
 
     # What was read --------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class Ledger:
 
     async def gaps(self) -> dict[int, datetime]:
         """Sequences that may still come, and since when they are missed."""
-        return await asyncio.to_thread(self._store.gaps, self.lease)
+        return await _in_thread(self._store.gaps, self.lease)
 
     # What is known --------------------------------------------------------------------------------------------------
 
@@ -178,18 +179,18 @@ class Ledger:
         """The same of several."""
         if any(not effects.studies.keys().isdisjoint(uids) for effects in (self._effects, self._writing) if effects):
             await self.commit()
-        return await asyncio.to_thread(self._store.studies, self.lease, uids)
+        return await _in_thread(self._store.studies, self.lease, uids)
 
     async def patient(self, fhir_id: str) -> store.Patient | None:
         """The Patient's row."""
         for effects in (self._effects, self._writing):
             if effects and fhir_id in effects.patients:
                 return effects.patients[fhir_id]
-        return await asyncio.to_thread(self._store.patient, self.lease, fhir_id)
+        return await _in_thread(self._store.patient, self.lease, fhir_id)
 
     async def due(self) -> list[str]:
         """Studies with a failure whose next retry has come."""
-        return await asyncio.to_thread(self._store.due, self.lease)
+        return await _in_thread(self._store.due, self.lease)
 
     # What became of it ----------------------------------------------------------------------------------------------
 
@@ -236,7 +237,7 @@ class Ledger:
             noted, opened = (self.latest, self.trouble), self.opened
             commit = partial(self._store.commit, trouble=self.trouble, seen_at=self._seen_at)
             try:
-                self.opened += await _to_the_end(asyncio.to_thread(commit, self.lease, position, self._writing))
+                self.opened += await _in_thread(commit, self.lease, position, self._writing)
                 self._noted = noted
             except BaseException:
                 self._writing.follow(self._effects)
@@ -247,16 +248,18 @@ class Ledger:
             if position.watermark != self.position.watermark:
                 log.info("committed", watermark=low, latest=self.latest, failures_opened=self.opened - opened)
             self.position = position
-            self._marks = {sequence: mark for sequence, mark in self._marks.items() if sequence >= low}
+            if len(self._marks) > self._pruned_at:
+                self._marks = {one: mark for one, mark in self._marks.items() if self.watermark.may_be_low(one)}
+                self._pruned_at = 2 * len(self._marks) + 1000
 
 
-async def _to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await what runs in a thread to its end, also when cancelled meanwhile: only then is it known what it did."""
-    task = asyncio.ensure_future(work)
+async def _in_thread(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+    """Await `function` in a thread to its end, also when cancelled meanwhile: only then is it known what it did."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(work, return_exceptions=True)
         raise
 
 

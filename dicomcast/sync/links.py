@@ -95,10 +95,13 @@ class Links:
             yield
 
     async def study(self, study_uid: str) -> Held | None:
-        """The ImagingStudy of a study, by search."""
+        """The ImagingStudy of a study, by search, or by the id that we would give it: searches may lag behind."""
         identity = _study_identity(study_uid)
         (hits,) = await self._fhir.search([by_identifier("ImagingStudy", *identity)])
-        return _only(_carrying(hits, *identity))
+        found = _only(_carrying(hits, *identity))
+        if found is None and self._naming.client_ids:
+            found = await self._fhir.read("ImagingStudy", resources.assigned_id("ImagingStudy", identity[1]))
+        return found
 
     def unknown(self, key: PatientKey, *, study_uid: str | None) -> bool:
         """Whether FHIR must be asked before a study of this patient is written; `study_uid`: of a study new to us.
@@ -122,12 +125,13 @@ class Links:
     async def look_up(self, studies: Iterable[str], patients: Iterable[PatientKey]) -> None:
         """Ask for many at once; what comes of it is good for one attempt of each, within a minute.
 
-        Of an ImagingStudy it asks only who it is: those of a lost database, whole, would not fit into memory.
+        Of many ImagingStudies it asks only who they are: those of a lost database, whole, would not fit into memory.
         """
         wanted = self._unknown(studies, patients)
         queries = []
-        for kind, elements in (("ImagingStudy", "identifier"), ("Patient", None)):
+        for kind in ("ImagingStudy", "Patient"):
             if identities := [name[1:] for name in wanted if name[0] == kind]:
+                elements = "identifier" if kind == "ImagingStudy" and len(identities) > 1 else None
                 queries.append(by_identifiers(kind, identities, elements=elements))
         ours = self._endpoint_queries() if _ENDPOINT in wanted else []
         answers = await self._fhir.search([*queries, *ours])
@@ -298,7 +302,7 @@ class Links:
         alike = (("connection-type", resources.token(connection["system"], connection["code"])),)
         return [
             by_identifier("Endpoint", identifier["system"], identifier["value"]),
-            Query("Endpoint", alike, optional=True),
+            Query("Endpoint", (*alike, ("_count", "100")), optional=True),
         ]
 
     async def _surviving(self, patient: Held) -> Held:

@@ -31,11 +31,12 @@ class Stopped(Exception):
 
 @dataclass(slots=True)
 class _Circuit:
-    """An open one. `again`: when the next may try; `probed`: one is trying since."""
+    """An open one. `again`: when the next may try, `asked`: if the service has named a time; `probed`: one tries."""
 
     reason: str
     since: float
     again: float = 0.0
+    asked: float = 0.0
     attempts: int = 0
     probed: bool = True
     closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,11 +61,19 @@ class Patience:
         return any(circuit in self._open for circuit in circuits)
 
     def well(self, *circuits: str) -> None:
-        """These have answered."""
+        """These have answered. What was under way when a service asked for a pause is no word of it."""
         for name in circuits:
-            if (circuit := self._open.pop(name, None)) is not None:
+            circuit = self._open.get(name)
+            if circuit is not None and circuit.asked <= self._clock.monotonic():
+                del self._open[name]
                 circuit.closed.set()
                 log.info("going on", service=name)
+
+    def unused(self, *circuits: str) -> None:
+        """Nothing was asked of these after all: it is the next one's turn."""
+        for circuit in (self._open[name] for name in circuits if name in self._open):
+            if circuit.probed:
+                circuit.again = self._clock.monotonic()
 
     def note(self, failure: errors.Unavailable | errors.LeaseHeld, *, circuit: str | None = None) -> str:
         """Open the circuit of the service that failed, or keep it open; its name. Raises `failure` after `limit`."""
@@ -85,7 +94,8 @@ class Patience:
                 seconds = _LEASE_PAUSE
             known.again = now + seconds * random.uniform(0.9, 1.1)  # noqa: S311 - jitter
         if isinstance(failure, errors.Unavailable) and failure.retry_after is not None:
-            known.again = max(known.again, now + min(failure.retry_after, _LONGEST_ASKED))
+            known.asked = max(known.asked, now + min(failure.retry_after, _LONGEST_ASKED))
+            known.again = max(known.again, known.asked)
         if left is not None:
             known.again = min(known.again, now + left + 0.1)
         return name

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -33,7 +33,12 @@ def endpoint(held: Held | None, *, rules: mapping.Mapping, naming: Naming) -> Wr
     if held is None:
         tagged = {**wanted, "meta": {"tag": [resources.TAG]}}
         return _create("Endpoint", tagged, identifier=wanted["identifier"][0], naming=naming)
-    return _update(held, rules.merge(held.resource, wanted), rules)
+    write = _update(held, rules.merge(held.resource, wanted), rules)
+    if write is None or resources.is_tagged(held.resource):
+        return write
+    meta = held.resource.get("meta") or {}  # adopted, and from now on one of ours
+    tagged = {**(write.resource or {}), "meta": {**meta, "tag": [*(meta.get("tag") or ()), resources.TAG]}}
+    return replace(write, resource=tagged)
 
 
 def again(held: Held, *, rules: mapping.Mapping, naming: Naming) -> Write:

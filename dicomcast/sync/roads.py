@@ -105,7 +105,9 @@ class Roads:
         else:
             assert row.imaging_study is not None
             base = await self._fhir.read("ImagingStudy", row.imaging_study)
-        if base is None or base.version != row.version:
+        # After a restore another content may have that number again.
+        as_written = (row.version, row.instances)
+        if base is None or (base.version, base.resource.get("numberOfInstances")) != as_written:
             raise errors.Conflict("fhir: the ImagingStudy is not the one that we wrote")
         if plan.still_filled(base.resource, self._rules) != self._rules.fills:
             raise errors.Replan("somebody else has set what we only fill")
@@ -161,7 +163,7 @@ class Roads:
         self, change: StudyChange, row: store.Study | None, held: Held | None, key: PatientKey | None, *, there: bool
     ) -> Settled | None:
         """Show in an ImagingStudy of another feed that the study is here too, or no longer; None where it is ours."""
-        if held is None or (row is not None and row.outcome not in ("shared", "deleted")):
+        if held is None or (row is not None and row.imaging_study and row.outcome not in ("shared", "deleted")):
             return None
         around, _ = await self._links.around(key)
         endpoint, endpoint_write = self._links.endpoint(around)
@@ -231,7 +233,6 @@ class Roads:
     ) -> Settled:
         """Nothing of the study can be shown any more: DELETE if it is gone, else keep the resource without series."""
         self.forget(change.study_uid)
-        self._ledger.guard()
         outcome: Outcome = "failed" if failures else "unchanged" if held is None else "deleted"
         kept: Held | None = None
         if held is not None:
@@ -248,7 +249,6 @@ class Roads:
         """DELETE with our Observations; False where others refer to one of them (409 though nobody changed any)."""
         try:
             for part in _parts([], [plan.delete(one) for one in (*observed, held)]):
-                self._ledger.guard()
                 await self._fhir.write(part)
         except errors.Conflict as conflict:
             if not await self._referred(conflict, held, observed):
@@ -345,7 +345,6 @@ class Roads:
             writes = [
                 replace(one, resource=one.resource and resources.pointing(one.resource, addresses)) for one in writes
             ]
-        self._ledger.guard()
         try:
             try:
                 done = await self._fhir.write(writes)
@@ -355,17 +354,19 @@ class Roads:
                 if not leaving or held is None or not await self._referred(conflict, held, leaving):
                     raise
                 writes = [write for write in writes if write.resource is not None] + [*map(plan.erroneous, leaving)]
-                self._ledger.guard()
                 done = await self._fhir.write(writes)
         except errors.Error as failure:
             failure.partial = failure.partial or bool(addresses)
+            for replaced in failure.replaced if isinstance(failure, errors.Conflict) else ():
+                await self._fhir.restore(replaced)
             raise
         return [(write, one) for write, one in zip(writes, done, strict=True) if one is not None]
 
     def parked(self, change: StudyChange, row: store.Study | None) -> store.Study:
         """The row of a study that could not be brought into FHIR: what is there stays known."""
         known = row or self._row(change, None, "failed", None)
-        return _advanced(replace(known, outcome="failed"), change)
+        outcome = "shared" if known.outcome == "shared" else "failed"
+        return _advanced(replace(known, outcome=outcome), change)
 
     def _row(self, change: StudyChange, row: store.Study | None, outcome: str, study: Held | None) -> store.Study:
         resource = study.resource if study else {}

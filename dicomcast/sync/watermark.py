@@ -24,6 +24,10 @@ class Watermark:
         """The watermark. Entries are read in ascending order, so the first one pending is the lowest."""
         return next(iter(self._pending)) - 1 if self._pending else self.seen
 
+    def may_be_low(self, sequence: int) -> bool:
+        """Whether an entry that was read is, or may become, the one at the watermark."""
+        return sequence == self.seen or sequence in self._pending or sequence + 1 in self._pending
+
     def idle(self, *, but: Collection[int] = (), up_to: int | None = None) -> bool:
         """Whether everything that was read (up to a sequence) is settled, `but` some."""
         pending = (sequence for sequence in self._pending if up_to is None or sequence <= up_to)

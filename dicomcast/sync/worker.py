@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import structlog
 
@@ -37,6 +38,8 @@ _STOP_WITHIN = 5.0
 _LATE = 60.0
 """Seconds, beside twice the timeout, after which a write that we gave up won't arrive any more."""
 
+Question = tuple[PatientKey, str | None]
+"""Whose study it is, and its UID if it is new to us."""
 _DOUBTFUL = (errors.Troubled, errors.Forbidden)
 """What may be the service's trouble or the study's own."""
 
@@ -96,8 +99,10 @@ class Worker:
             busy=lambda study_uid: study_uid in self._lanes,
         )
         self._looking: asyncio.Task[None] | None = None
-        self._one_by_one = False
-        self._refused: tuple[str, int] = ("", 0)
+        self._alone: set[str] = set()
+        """Studies that could not be looked up together with others."""
+        self._refused: tuple[str, set[str]] = ("", set())
+        self._taken_at = 0.0
         self._doubts: dict[str, float] = {}
         """Studies of which a write was given up, and when it can't take effect any more: a create has no If-Match."""
         self._last_commit = 0.0
@@ -153,6 +158,7 @@ class Worker:
 
     async def _prepare(self) -> None:
         """Look at both services before anything is changed."""
+        self._fhir.may_write = self.ledger.guard
         can = await self._patience.with_("fhir", self._fhir.capability)
         naming = plan.Naming(client_ids=can.client_ids, source=self._options.dicom_identity)
         self._links = Links(
@@ -207,48 +213,58 @@ class Worker:
     async def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
         if self._lanes and self._patience.troubled("database", "fhir", _REFUSALS):
             return
-        if self._intake.behind:
-            due = list(self._buffer.due_behind(self._intake.feed_time))
-        else:
+        if not self._intake.behind:
             await self._read_rows(self._buffer)  # whether a study is new to us decides when it is due
-            due = list(self._buffer.due_at_head(now=self._clock.monotonic()))
-        due = [change for change in due if change.study_uid not in self._lanes]
-        unknown = await self._unknown(due)
-        free = min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes)
-        for change in [one for one in due if one.study_uid not in unknown][: max(0, free)]:
+        free = max(0, min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes))
+        await self._read_rows(self._due(free))
+        due = self._due(free)  # from here on nothing is awaited: what is due may change meanwhile
+        unknown = self._unknown(due)
+        known = [change for change in due if change.study_uid not in unknown]
+        for change in known[:free]:
             self._buffer.take(change.study_uid)
             self._lanes[change.study_uid] = tasks.create_task(self._lane(change))
         many = len(unknown) >= _ASKED_TOGETHER or self._buffer.full or not self._intake.behind
-        if unknown and many and (self._looking is None or self._looking.done()):
-            self._looking = tasks.create_task(self._look_up(list(unknown.values())[:_ASKED_TOGETHER]))
+        if unknown and many and len(known) <= free and (self._looking is None or self._looking.done()):
+            self._looking = tasks.create_task(self._look_up(dict(list(unknown.items())[:_ASKED_TOGETHER])))
+
+    def _due(self, free: int) -> list[StudyChange]:
+        """What is due, no more of it than lanes are free and can be asked about at once."""
+        buffer, intake = self._buffer, self._intake
+        due = buffer.due_behind(intake.feed_time) if intake.behind else buffer.due_at_head(now=self._clock.monotonic())
+        idle = (change for change in due if change.study_uid not in self._lanes)
+        return list(islice(idle, free + _ASKED_TOGETHER))
 
     async def _read_rows(self, changes: Iterable[StudyChange]) -> None:
         blank = {change.study_uid: change for change in changes if change.held is None}
         if blank:
-            rows = await self._patience.with_("database", partial(self.ledger.studies, blank.keys()))
+            rows = await self._patience.with_("database", partial(self.ledger.studies, list(blank)))
             for uid, (row, _) in rows.items():
                 blank[uid].held = row.instances or 1 if row and row.outcome != "deleted" else 0
 
-    async def _unknown(self, due: list[StudyChange]) -> dict[str, StudyChange]:
-        """Those about which FHIR is to be asked before their lanes start: many at once."""
-        if self._one_by_one:
-            return {}
-        folds = [change for change in due if change.reason is None and change.instances]
-        await self._read_rows(folds)
-        asked = {change.study_uid: (change, *_question(change)) for change in folds}
-        return {uid: one for uid, (one, key, new) in asked.items() if self._links.unknown(key, study_uid=new)}
+    def _unknown(self, due: list[StudyChange]) -> dict[str, Question]:
+        """Of those about which FHIR is to be asked before their lanes start, what: many at once."""
+        folds = (change for change in due if change.reason is None and change.instances)
+        asked = {change.study_uid: _question(change) for change in folds if change.study_uid not in self._alone}
+        return {uid: (key, new) for uid, (key, new) in asked.items() if self._links.unknown(key, study_uid=new)}
 
-    async def _look_up(self, changes: list[StudyChange]) -> None:
-        """Ask about these; where the service does not take such a question, each lane asks its own."""
-        questions = [_question(change) for change in changes]
-        ask = partial(self._links.look_up, [uid for _, uid in questions if uid], [key for key, _ in questions])
+    async def _look_up(self, questions: dict[str, Question]) -> None:
+        """Ask all that at once; where that can't be answered, each lane asks its own."""
         try:
-            await self._patience.with_("fhir", ask)
-        except (errors.Unavailable, Stopped):
+            await self._patience.turn("fhir")
+            await self._links.look_up(
+                [new for _, new in questions.values() if new], [key for key, _ in questions.values()]
+            )
+            self._patience.well("fhir")
+        except Stopped:
             raise
-        except Exception as refused:
-            log.warning("studies are looked up one by one", reason=type(refused).__name__)
-            self._one_by_one = True
+        except Exception as refused:  # a bug of ours, or an answer that nobody has foreseen, is one study's too
+            if isinstance(refused, errors.Unavailable) and not (
+                isinstance(refused, _DOUBTFUL) and await self._fhir.answers()
+            ):
+                self._patience.note(refused)
+            else:
+                log.warning("studies are looked up one by one", studies=len(questions), reason=type(refused).__name__)
+                self._alone |= questions.keys()
         self._intake.moved.set()
 
     def _settle_demographics(self) -> None:
@@ -271,21 +287,23 @@ class Worker:
         with structlog.contextvars.bound_contextvars(study=uid):
             while settled is None:
                 try:
-                    await self._patience.turn("database", "fhir", _REFUSALS, *(["dicom"] if exact else []))
+                    await self._patience.turn("fhir", _REFUSALS, *(["dicom"] if exact else []))
                     self.ledger.guard()
                     if exact:
                         settled = await self._roads.reconcile(change, lambda: self._buffer.take(uid))
                         self._patience.well("dicom", "fhir")
                     else:
                         settled = await self._roads.fold(change)
+                        self._patience.unused("fhir", _REFUSALS)
                     if settled.outcome in ("created", "updated", "deleted"):
-                        self._refused = ("", 0)
+                        self._refused, self._taken_at = ("", set()), self._clock.monotonic()
                         self._patience.well("fhir", _REFUSALS)
                 except (errors.Replan, errors.Rejected, errors.StudyFailed, *_DOUBTFUL) as failure:
                     settled = await self._after(failure, change, tries)
                     exact = exact or not isinstance(failure, _DOUBTFUL)
                 except errors.Unavailable as failure:
-                    self._patience.note(failure)
+                    if self._patience.note(failure) == "database":
+                        await self._patience.with_("database", partial(self.ledger.study, uid))
                 except (errors.Error, Stopped):
                     raise
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
@@ -295,11 +313,13 @@ class Worker:
             if tries.in_doubt:
                 self._doubts[uid] = self._clock.monotonic() + 2 * self._options.fhir.timeout + _LATE
         del self._lanes[uid]
+        self._alone.discard(uid)
         self._intake.moved.set()
 
     async def _after(self, failure: errors.Error, change: StudyChange, tries: _Tries) -> Settled | None:
         """What becomes of a study whose attempt went wrong: parked, or None to look at both services and try again."""
         if isinstance(failure, errors.StudyFailed):
+            self._patience.well({"read": "dicom", "write": "fhir"}.get(failure.stage, ""))
             return await self._park(change, failure, heals=failure.kind != "invalid")
         if isinstance(failure, errors.OutcomeUnknown | errors.Troubled | errors.Forbidden):
             return await self._after_trouble(failure, change, tries)
@@ -325,10 +345,13 @@ class Worker:
     ) -> Settled | None:
         """A request without a clear answer: the service's trouble if a probe fails too, else in the end the study's."""
         service = "fhir" if isinstance(failure, errors.OutcomeUnknown) else failure.service
+        now = self._clock.monotonic()
+        since = tries.trouble_since or now
         if service == "dicom":
             well = await self._dicom.answers()
         elif isinstance(failure, errors.Forbidden):
-            well = await self._links.permitted()
+            tries.trouble_since = since
+            well = self._taken_at > since or await self._links.permitted()
         else:
             well = await self._fhir.answers()
         if isinstance(failure, errors.OutcomeUnknown):
@@ -339,8 +362,8 @@ class Worker:
                 errors.Troubled(service, str(failure)) if isinstance(failure, errors.OutcomeUnknown) else failure
             )
             return None
-        now = self._clock.monotonic()
-        tries.trouble_since = tries.trouble_since or now
+        self._patience.well(service)
+        tries.trouble_since = since
         tries.troubles += 1
         if tries.troubles >= _TROUBLES and now - tries.trouble_since >= _TROUBLE_LASTS:
             kind = "denied" if isinstance(failure, errors.Forbidden) else "server-error"
@@ -357,9 +380,9 @@ class Worker:
 
         Many in a row for one reason are a misconfiguration, and somebody should look before they are thousands.
         """
-        kind, count = self._refused
-        self._refused = (failed.kind, count + (not tries.held) if kind == failed.kind else 1)
-        if self._refused[1] >= _REFUSED_IN_A_ROW:
+        kind, studies = self._refused
+        self._refused = (failed.kind, studies | {change.study_uid} if kind == failed.kind else {change.study_uid})
+        if len(self._refused[1]) >= _REFUSED_IN_A_ROW:
             reason = f"{_REFUSED_IN_A_ROW} studies in a row were refused ({failed.kind}); see dicomcast failures"
             self._patience.note(errors.Unavailable("fhir", reason), circuit=_REFUSALS)
             if not tries.held:
@@ -389,7 +412,7 @@ def _in_vain() -> Iterator[None]:
         log.warning("not given back", reason=str(failure))
 
 
-def _question(change: StudyChange) -> tuple[PatientKey, str | None]:
+def _question(change: StudyChange) -> Question:
     """What FHIR is asked about a study that is to be folded: its one patient, and itself if it is new to us."""
     _, instance = next(iter(change.instances.values()))
     return instance.patient_key, None if change.held else change.study_uid
