@@ -347,7 +347,11 @@ def test_feeds_do_not_see_each_other(state: store.Store, lease: store.Lease) -> 
         state, lease, studies={"1.2.3": a_study()}, failures=[a_failure(heals=True)], missed={4: virtual.Clock().now()}
     )
 
-    assert (state.studies(other, ["1.2.3"])["1.2.3"], state.gaps(other), state.failures(other.feed_id)) == ((None, False), {}, [])
+    assert (state.studies(other, ["1.2.3"])["1.2.3"], state.gaps(other), state.failures(other.feed_id)) == (
+        (None, False),
+        {},
+        [],
+    )
     commit(state, other, reconciled={"1.2.3": ("mapped", 9)}, closed_gaps={4})
     assert (list(state.gaps(lease)), len(state.failures(lease.feed_id))) == ([4], 1)
 

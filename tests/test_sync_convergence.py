@@ -1,124 +1,113 @@
 """Any history, synced at any moments, ends in what the mapping makes of the living instances."""
 
-import copy
-import tempfile
-import uuid
+import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
-import pydicom
 import pytest
-from hospital import Hospital, uid
+import stack
+from histories import SERVERS, STUDIES, Course, Step, steps, varied
+from hospital import uid
 from hypothesis import strategies as st
+from simulated import Simulated
 
-from dicomcast import sandbox as services
-from dicomcast.sandbox import modality
-
-STUDIES = [
-    modality.synthesise("CT", instances=4, series=2, seed=1, patient_id="one"),
-    modality.synthesise("MR", instances=3, series=3, seed=2, patient_id="one"),
-    modality.synthesise("CR", instances=2, seed=3, patient_id="two"),
-]
-INSTANCES = [(study, number) for study, some in enumerate(STUDIES) for number in range(len(some))]
-ONE = st.sampled_from(INSTANCES)
-VALUES = st.sampled_from(["alpha", "beta"])
-STEPS = st.one_of(
-    st.tuples(st.just("send"), ONE, VALUES),
-    st.tuples(st.just("send"), ONE, VALUES),
-    st.tuples(st.just("replace"), ONE, VALUES),
-    st.tuples(st.just("delete instance"), ONE, VALUES),
-    st.tuples(st.just("delete series"), ONE, VALUES),
-    st.tuples(st.just("delete study"), ONE, VALUES),
-    st.tuples(st.just("describe"), ONE, VALUES),
-    st.tuples(st.just("move"), ONE, VALUES),
-    st.tuples(st.just("rename"), ONE, VALUES),
-    st.tuples(st.just("sync"), ONE, VALUES),
-    st.tuples(st.just("sync"), ONE, VALUES),
-    st.tuples(st.just("lose database"), ONE, VALUES),
-    st.tuples(st.just("gap"), ONE, VALUES),
-)
+HISTORIES = st.lists(steps(), min_size=4, max_size=18)
+SETTINGS = {"suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulated]:
+    one = Simulated(tmp_path_factory.mktemp("convergence"))
+    yield one
+    one.close()
 
 
-def varied(dataset: pydicom.Dataset, value: str) -> pydicom.Dataset:
-    """An instance that says one thing or another about itself, its series, its study and its patient."""
-    one = copy.deepcopy(dataset)
-    one.SeriesDescription = one.StudyDescription = value
-    one.BodyPartExamined = "HEAD" if value == "alpha" else "CHEST"
-    one.PatientID = f"{dataset.PatientID}-{value}" if value == "beta" else dataset.PatientID
-    one.InstanceNumber = dataset.InstanceNumber + (value == "beta")
-    return one
-
-
-def step(hospital: Hospital, folder: Path, what: str, place: tuple[int, int], value: str) -> None:
-    study, number = place
-    dataset = STUDIES[study][number]
-    uids = (uid(dataset), str(dataset.SeriesInstanceUID), str(dataset.SOPInstanceUID))
-    match what:
-        case "send":
-            hospital.modality.send([varied(dataset, value)])  # refused where it is there already
-        case "replace":
-            hospital.modality.resend([varied(dataset, value)], replace=True)
-        case "delete instance":
-            hospital.modality.delete(*uids)
-        case "delete series":
-            hospital.modality.delete(*uids[:2])
-        case "delete study":
-            hospital.modality.delete(uids[0])
-        case "describe":
-            hospital.modality.correct([uids[0]], {"StudyDescription": f"{value} corrected"})
-        case "move":
-            hospital.modality.correct([uids[0]], {"PatientID": f"moved {value}"})
-        case "rename":
-            hospital.modality.correct([uids[0]], {"PatientName": f"{value}^Renamed"})
-        case "sync":
-            hospital.sync()
-        case "lose database":
-            hospital.database = f"sqlite:///{folder}/{uuid.uuid4()}.db"
-        case "gap":
-            hospital.feed("gaps", skip=3)
-
-
-@hypothesis.given(st.lists(STEPS, min_size=4, max_size=16), st.sampled_from([1, 4]), st.booleans())
-@hypothesis.settings(
-    max_examples=15,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
-)
+@hypothesis.given(HISTORIES, st.sampled_from(sorted(SERVERS)), st.sampled_from([1, 4, 100]), st.integers(0, 9))
+@hypothesis.settings(max_examples=100 if stack.CI else 16, **SETTINGS)
 def test_fhir_is_a_function_of_the_living_instances(
-    folder: Path, history: list[tuple[str, tuple[int, int], str]], parallel: int, twice: bool
+    hospital: Simulated, history: list[Step], server: str, parallel: int, seed: int
 ) -> None:
-    with services.start() as box:
-        database = f"sqlite:///{folder}/{uuid.uuid4()}.db"
-        hospital = Hospital(box.dicom_url, box.fhir_url, database)
-        hospital.flags["sync"] = {"parallel": parallel}
-        try:
-            for what, place, value in history:
-                step(hospital, folder, what, place, value)
-            hospital.sync()
-            if twice:
-                hospital.sync()
-            for study in STUDIES:
-                hospital.check(uid(study[0]))
-            assert hospital.kinds() == []
-        finally:
-            hospital.close()
+    hospital.restore(hospital.empty, seed=seed)
+    hospital.flags["sync"]["parallel"] = parallel
+    course = Course(hospital, SERVERS[server], reports=seed < 3)
+
+    course.run(history)
+    course.finish()
+
+    assert course.wrong() == []
+
+
+@hypothesis.given(HISTORIES, st.integers(0, 9))
+@hypothesis.settings(max_examples=40 if stack.CI else 4, **SETTINGS)
+def test_a_worker_that_goes_on_ends_in_the_same(hospital: Simulated, history: list[Step], seed: int) -> None:
+    hospital.restore(hospital.empty, seed=seed)
+    course = Course(hospital)
+
+    course.live(history, random.Random(seed))
+
+    assert course.wrong() == []
+
+
+@hypothesis.given(HISTORIES, st.sampled_from(["again", "set back", "lost"]))
+@hypothesis.settings(max_examples=40 if stack.CI else 8, **SETTINGS)
+def test_what_is_read_again_is_not_written_again(hospital: Simulated, history: list[Step], how: str) -> None:
+    hospital.restore(hospital.empty)
+    course = Course(hospital)
+    course.run([step for step in history if step.what != "lose database"])
+    course.finish()
+    shown = hospital.versions()
+
+    match how:
+        case "set back":
+            course.step(Step("set back"))
+        case "lost":
+            hospital.lose_state()
+            # A patient whose newest study has left says what that did, or what the newest of the others does.
+            shown = [one for one in shown if one[0] != "Patient"]
+    course.finish()
+
+    assert course.wrong() == []
+    assert set(shown) <= set(hospital.versions())
+    assert len(hospital.search("ImagingStudy")) == sum(kind == "ImagingStudy" for kind, _, _ in shown)
+
+
+@pytest.mark.parametrize("gap", [0, 30, 97, 250])
+@pytest.mark.parametrize("first", [0, 93])
+def test_where_pages_end_makes_no_difference(hospital: Simulated, first: int, gap: int) -> None:
+    """Pages are a hundred sequence numbers wide: numbers that were never used move what is in them."""
+    hospital.restore(hospital.empty)
+    course = Course(hospital)
+    history = [Step("send", (study, number)) for study in (0, 1) for number in range(3)]
+    history += [Step("rename", (1, 0)), Step("delete instance", (0, 1)), Step("send", (0, 3)), Step("move", (1, 0))]
+    if first:
+        hospital.feed("gaps", skip=first)
+    for at, step in enumerate(history):
+        if gap and at % 2:
+            hospital.feed("gaps", skip=gap)
+        course.step(step)
+
+    course.sync()
+
+    assert course.wrong() == []
 
 
 @pytest.mark.parametrize("width", [1, 3, 100])
-def test_a_study_that_comes_in_pieces_is_what_it_is_in_one(folder: Path, width: int) -> None:
-    with services.start() as box:
-        database = f"sqlite:///{folder}/{uuid.uuid4()}.db"
-        hospital = Hospital(box.dicom_url, box.fhir_url, database)
-        study = [varied(one, "alpha") for one in STUDIES[0]] + [varied(one, "alpha") for one in STUDIES[1]]
-        for start in range(0, len(study), width):
-            hospital.send(*study[start : start + width])
-            hospital.sync()
-        for one in STUDIES[:2]:
-            hospital.check(uid(one[0]))
-        hospital.close()
+def test_a_study_that_comes_in_pieces_is_what_it_is_in_one(hospital: Simulated, width: int) -> None:
+    hospital.restore(hospital.empty)
+    study = [varied(one, "alpha") for one in STUDIES[0]] + [varied(one, "alpha") for one in STUDIES[1]]
+    for start in range(0, len(study), width):
+        hospital.send(*study[start : start + width])
+        hospital.sync()
+    for one in STUDIES[:2]:
+        hospital.check(uid(one[0]))
+
+
+def test_the_same_seed_makes_the_same_run(hospital: Simulated) -> None:
+    runs = []
+    for _ in range(2):
+        hospital.restore(hospital.empty, seed=5)
+        course = Course(hospital)
+        course.run([Step("send", (0, 0)), Step("send", (1, 0)), Step("send", (4, 0)), Step("sync")])
+        runs.append((list(hospital.mishaps.places), hospital.clock.monotonic()))
+
+    assert runs[0] == runs[1]

@@ -1,144 +1,226 @@
-"""Services that fail: one fault at every request in turn, outages, crashes. What FHIR shows in the end is the same."""
+"""Services that fail: a fault at every request and commit in turn, storms, outages. FHIR shows the same in the end."""
 
 import asyncio
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import stack
+from histories import SERVERS, STUDIES, Course, Step, steps
 from hospital import Hospital, Json, a_study, uid
+from hypothesis import strategies as st
+from simulated import LATE, REQUEST_FAULTS, WRITE_FAULTS, Plan, Simulated, Snapshot, faults_of, only
 
-from dicomcast import app, errors
-from dicomcast import sandbox as services
-from dicomcast.sandbox import modality
+from dicomcast import errors
 
-FAULTS: dict[str, Json] = {
-    "reset before": {"drop": True, "when": "before"},
-    "reset after": {"drop": True, "when": "after"},
-    "500 after": {"status": 500, "when": "after"},
-    "503": {"status": 503},
-    "429": {"status": 429, "retry_after": 1},
-    "truncated": {"truncate": True},
-}
-OLD = modality.synthesise("CT", instances=4, series=2, seed=11, patient_id="one")
-MOVED = modality.synthesise("MR", instances=2, seed=12, patient_id="one")
-GONE = modality.synthesise("CR", instances=2, seed=13, patient_id="two")
-NEW = modality.synthesise("CT", instances=3, seed=14, patient_id="three")
-
-
-@contextmanager
-def a_hospital(folder: Path, ports: tuple[int, int]) -> Iterator[Hospital]:
-    """One whose services and database live in `folder`."""
-    with services.start(data=folder, dicom_port=ports[0], fhir_port=ports[1]) as box:
-        one = Hospital(box.dicom_url, box.fhir_url, f"sqlite:///{folder}/state.db", patience=100_000)
-        one.flags["sync"] = {"parallel": 1}
-        try:
-            yield one
-        finally:
-            one.close()
+TURNS = [("plain", 0), ("like HAPI", 1), ("no transactions", 2), ("ids of its own", 3)]
+if stack.CI:
+    TURNS = [("plain", turn) for turn in range(len(REQUEST_FAULTS))]
+    TURNS += [(server, turn) for server in SERVERS if server != "plain" for turn in (0, 5)]
+"""In each turn every place meets one fault, another one than in the other turns; all turns together try all."""
+BEFORE = [Step("send", place) for place in [(0, 0), (0, 1), (1, 0), (2, 0), (4, 0)]]
+BEFORE += [Step("sync"), Step("annotate", (1, 0))]
+CHANGES = [
+    Step("send", (4, 1)),
+    Step("rename", (0, 0)),
+    Step("move", (1, 0)),
+    Step("delete study", (2, 0)),
+    Step("send", (3, 0)),
+]
+"""A study that grows, one whose patient is renamed, one that goes to another patient, one that is gone, a new one."""
 
 
 @dataclass(frozen=True)
 class Script:
-    """Where the services stand before the sync that is disturbed, what FHIR shows after it, how many requests it is."""
+    """Where all stands before the sync that is disturbed; its requests and commits; what FHIR shows after it."""
 
-    folder: Path
-    ports: tuple[int, int]
+    course: Course
+    before: Snapshot
+    places: list[str]
     content: list[Json]
-    requests: dict[str, int]
 
-    @contextmanager
-    def played(self, copy: Path) -> Iterator[Hospital]:
-        """All as it stands, once more."""
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(self.folder, copy)
-        with a_hospital(copy, self.ports) as hospital:
-            yield hospital
+    @staticmethod
+    def of(hospital: Simulated, server: str) -> "Script":
+        hospital.restore(hospital.empty)
+        course = Course(hospital, SERVERS[server])
+        course.run([*BEFORE, *CHANGES])
+        before = hospital.snapshot()
+        hospital.restore(before)
+        course.sync()
+        assert course.wrong() == []
+        return Script(course, before, list(hospital.mishaps.places), hospital.content())
 
-
-def before(hospital: Hospital) -> None:
-    hospital.send(*OLD[:3], *MOVED, *GONE)
-    hospital.sync()
-
-
-def change(hospital: Hospital) -> None:
-    """A new study, a larger one, a smaller one, one that is gone, one that has moved to another patient."""
-    hospital.send(OLD[3], *NEW)
-    hospital.modality.delete(uid(OLD[0]), str(OLD[0].SeriesInstanceUID), str(OLD[0].SOPInstanceUID))
-    hospital.modality.delete(uid(GONE[0]))
-    hospital.modality.correct([uid(MOVED[0])], {"PatientID": "four", "PatientName": "Four^Patient"})
+    def play(self, plan: Plan) -> int:
+        """The sync again, once more where a fault ends it; how many it took."""
+        hospital, syncs = self.course.hospital, self.course.syncs
+        hospital.behave(self.course.options)
+        hospital.restore(self.before)
+        hospital.mishaps.plan = plan
+        self.course.sync()
+        return self.course.syncs - syncs
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
-    folder, ports = tmp_path_factory.mktemp("script"), (stack.free_port(), stack.free_port())
-    with a_hospital(folder, ports) as hospital:
-        before(hospital)
-        change(hospital)
-    played = Script(folder, ports, [], {})
-    with played.played(tmp_path_factory.mktemp("undisturbed") / "copy") as hospital:
-        hospital.sync()
-        requests = {service: len(hospital.log(service)) for service in ("dicom", "fhir")}
-        for study in (OLD, MOVED, GONE, NEW):
-            hospital.check(uid(study[0]))
-        return replace(played, content=hospital.content(), requests=requests)
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Script]]:
+    """A script with each kind of FHIR service, made once."""
+    hospital = Simulated(tmp_path_factory.mktemp("scripts"))
+    yield functools.cache(functools.partial(Script.of, hospital))
+    hospital.close()
 
 
-@pytest.mark.parametrize(
-    ("service", "fault"),
-    [("dicom", "truncated"), ("fhir", "reset after"), ("fhir", "500 after")]
-    + [("dicom", fault) for fault in ("reset before", "503") if stack.CI]
-    + [("fhir", fault) for fault in ("reset before", "429", "truncated") if stack.CI],
+@pytest.mark.parametrize(("server", "turn"), TURNS)
+def test_one_fault_anywhere_changes_nothing_in_the_end(
+    scripts: Callable[[str], Script], server: str, turn: int
+) -> None:
+    script = scripts(server)
+    hospital = script.course.hospital
+    for at, place in enumerate(script.places):
+        possible = faults_of(place)
+        if turn >= len(possible) or (place == "state read" and at % 3 and not stack.CI):
+            continue
+        fault = possible[(at + 3 * turn) % len(possible)]
+
+        syncs = script.play(only(at, fault))
+
+        assert hospital.mishaps.happened == [(at, place, fault)]
+        assert hospital.content() == script.content, (at, place, fault)
+        assert (hospital.kinds(), hospital.watermark()) == ([], hospital.latest()), (at, place, fault)
+        assert script.course.touched() == [], (at, place, fault)
+        assert syncs == (2 if fault.startswith(("crash", "cancel")) else 1), (at, place, fault)
+
+
+def test_a_fault_beyond_the_last_place_never_happens(scripts: Callable[[str], Script]) -> None:
+    script = scripts("plain")
+
+    script.play(only(len(script.places), "500"))
+
+    assert script.course.hospital.mishaps.happened == []
+    assert script.course.hospital.mishaps.places == script.places
+
+
+@pytest.fixture(scope="module")
+def stormy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulated]:
+    one = Simulated(tmp_path_factory.mktemp("stormy"))
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("fault", REQUEST_FAULTS)
+def test_a_fault_at_a_write_to_fhir_is_what_it_says(stormy: Simulated, fault: str) -> None:
+    """Whether the write has taken effect when the worker goes on, and how long it was waited for."""
+    stormy.restore(stormy.empty)
+    stormy.send(*STUDIES[0])
+    clean = stormy.snapshot()
+    stormy.restore(clean)
+    stormy.work()
+    at = max(number for number, place in enumerate(stormy.mishaps.places) if place == "fhir POST /fhir")
+    stormy.restore(clean)
+
+    seen = goes_on(stormy, at, fault, lambda: (stormy.clock.monotonic(), len(stormy.search("ImagingStudy"))))
+
+    (before, _), (after, written) = seen
+    assert written == (fault.endswith("after") or fault in ("cancel", "truncated"))
+    assert (after - before > 60) == fault.startswith("timeout")
+
+
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+def test_a_fault_at_a_commit_is_what_it_says(stormy: Simulated, fault: str) -> None:
+    stormy.restore(stormy.empty)
+    stormy.send(*STUDIES[0])
+    clean = stormy.snapshot()
+    marks: list[int | None] = []
+    stormy.restore(clean)
+    stormy.mishaps.meanwhile = lambda number: marks.append(stormy.watermark())
+    stormy.work()
+    stormy.restore(clean)
+
+    seen = goes_on(stormy, marks.index(len(STUDIES[0])) - 1, fault, stormy.watermark)
+
+    assert seen[0] in (None, 0)
+    assert (seen[1] == len(STUDIES[0])) == (fault in ("crash after", "fail after", "cancel"))
+
+
+def goes_on(hospital: Simulated, at: int, fault: str, look: Callable[[], Json]) -> list[Json]:
+    """What a look shows at a place that meets a fault, and at the next one of that service."""
+    seen: list[Json] = []
+    places = hospital.mishaps.places
+
+    def meanwhile(number: int) -> None:
+        if number >= at and len(seen) < 2 and places[number].split()[0] == places[at].split()[0]:
+            seen.append(look())
+
+    hospital.mishaps.plan, hospital.mishaps.meanwhile = only(at, fault), meanwhile
+    while not hospital.work():
+        pass
+    return seen
+
+
+def test_a_create_that_arrives_when_it_was_given_up_is_looked_at_again(stormy: Simulated) -> None:
+    stormy.restore(stormy.empty)
+    course = Course(stormy)
+    posts: list[int] = []
+
+    def plan(number: int, place: str) -> str | None:
+        posts.extend([number] if place == "fhir POST /fhir" else [])
+        return LATE if posts[1:] == [number] else None  # the first is a search
+
+    async def day() -> None:
+        course.step(Step("send", (0, 0)))
+        await asyncio.sleep(65)
+        course.step(Step("send", (0, 1)))
+        await asyncio.sleep(600)
+
+    stormy.mishaps.plan = plan
+    stormy.live(day())
+
+    assert [fault for _, _, fault in stormy.mishaps.happened] == [LATE]
+    assert course.wrong() == []
+    address = f"{stormy.fhir_url}/ImagingStudy/{stormy.study(uid(STUDIES[0][0]))['id']}/_history"
+    versions = [entry["resource"]["numberOfInstances"] for entry in stormy.http.get(address).json()["entry"]]
+    assert versions[::-1] == [1, 2, 1, 2]
+
+
+# Storms
+
+
+@hypothesis.given(
+    history=st.lists(steps(), min_size=4, max_size=14),
+    faults=st.lists(st.tuples(st.integers(1, 25), st.integers(0, 13)), min_size=1, max_size=20),
+    server=st.sampled_from(sorted(SERVERS)),
+    seed=st.integers(0, 9),
 )
-def test_one_fault_at_any_request_changes_nothing_in_the_end(
-    script: Script, tmp_path: Path, service: str, fault: str
+@hypothesis.settings(max_examples=100 if stack.CI else 12, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+def test_any_history_survives_any_faults(
+    stormy: Simulated, history: list[Step], faults: list[tuple[int, int]], server: str, seed: int
 ) -> None:
-    assert script.requests[service] >= 5
-    for at in range(script.requests[service]):
-        with script.played(tmp_path / "copy") as hospital:
-            hospital.fault(service, **FAULTS[fault], skip=at, times=1)
+    stormy.restore(stormy.empty, seed=seed)
+    course = Course(stormy, SERVERS[server])
+    stormy.mishaps.plan = spaced(faults)
 
-            hospital.sync()
+    course.run([*history, Step("sync")])
+    course.finish()
 
-            assert hospital.content() == script.content, f"request {at + 1}"
-            assert hospital.kinds() == [], f"request {at + 1}"
-            assert hospital.watermark() == hospital.latest(), f"request {at + 1}"
+    assert course.wrong() == []
 
 
-@pytest.mark.parametrize("service", ["dicom", "fhir"])
-def test_a_worker_that_is_cancelled_at_any_request_is_made_good_by_the_next(
-    script: Script, tmp_path: Path, service: str
-) -> None:
-    for at in range(script.requests[service]):
-        with script.played(tmp_path / "copy") as hospital:
-            hospital.fault(service, latency=60, skip=at, times=1)
-            asyncio.run(_cancelled(hospital, service, at + 1))
-            hospital.heal()
-
-            hospital.sync()
-
-            assert hospital.content() == script.content, f"request {at + 1}"
-
-
-async def _cancelled(hospital: Hospital, service: str, requests: int) -> None:
-    """A sync that is cut off while its `requests`-th request to the service waits for an answer."""
-    work = asyncio.create_task(app.sync(hospital.options(), clock=hospital.clock))
-    while len(await asyncio.to_thread(hospital.log, service)) < requests:  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
-    work.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await work
+def spaced(faults: list[tuple[int, int]]) -> Plan:
+    """Faults with so many places between them, each a number among those that can happen there."""
+    due: dict[int, int] = {}
+    for gap, choice in faults:
+        due[max(due, default=0) + gap] = choice
+    return lambda number, place: faults_of(place)[due[number] % len(faults_of(place))] if number in due else None
 
 
 # Outages
 
 
 @pytest.fixture
-def hospital(sandbox: services.Sandbox, tmp_path: Path) -> Iterator[Hospital]:
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, f"sqlite:///{tmp_path}/state.db", patience=30)
+def hospital(tmp_path: Path) -> Iterator[Hospital]:
+    one = Simulated(tmp_path)
+    one.patience = 30
     yield one
     one.close()
 
@@ -301,7 +383,7 @@ def test_demographics_that_wait_for_the_head_survive_a_refusal(
     hospital.send(*study)
     hospital.sync()
     hospital.modality.correct([uid(study[0])], {"PatientName": "Later^Name"})
-    hospital.send(*a_study(instances=350))
+    hospital.send(*a_study(instances=150))
     hospital.database = f"sqlite:///{tmp_path}/fresh.db"
     hospital.fault("fhir", method="PUT", path="/Patient/", status=answer, times=9 if kinds else 1)
     hospital.patience = 3600
