@@ -5,7 +5,7 @@ Searches are hints and ETags the truth: a stale hit ends in a conflict, and a co
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -23,12 +23,15 @@ from dicomcast.sync.ledger import Ledger, Settled
 PatientKey = tuple[str | None, str]
 """Identifier system and PatientID."""
 
+Question = tuple[PatientKey | None, str | None]
+"""Whose study it is, and its UID if it is new to us."""
 _Name = tuple[str, str | None, str]
 """Resource type, and system and value of an identifier."""
 _ENDPOINT: _Name = ("Endpoint", None, "")
 
 _REMEMBERED = 10_000
 _HINT_LASTS = 60.0
+_NEVER = float("-inf")
 _MERGES = 5
 """Longest chain of merged Patients that is followed."""
 
@@ -79,6 +82,8 @@ class Links:
         self._patient_locks: dict[PatientKey, asyncio.Lock] = {}
         self._endpoint: Held | None = None
         self._endpoint_lock = asyncio.Lock()
+        self._endpoint_asked = _NEVER
+        """When it was last looked for, and not found."""
         self._intended: dict[PatientKey, store.Patient] = {}
         self._deferred: dict[PatientKey, _Deferred] = {}
         self._hints: dict[_Name, tuple[float, list[Held]]] = {}
@@ -103,31 +108,34 @@ class Links:
             found = await self._fhir.read("ImagingStudy", resources.assigned_id("ImagingStudy", identity[1]))
         return found
 
-    def unknown(self, key: PatientKey, *, study_uid: str | None) -> bool:
-        """Whether FHIR must be asked before a study of this patient is written; `study_uid`: of a study new to us.
-
-        What somebody is creating just now is not asked for, but waited for.
-        """
-        lock = self._patient_locks.get(key)
+    def must_ask(self, question: Question) -> bool:
+        """Whether that is not known, nor being found out: what a lane is creating just now is waited for."""
         waited = {"Endpoint"} if self._endpoint_lock.locked() else set()
-        waited |= {"Patient"} if lock and lock.locked() else set()
-        return any(name[0] not in waited for name in self._unknown([study_uid] if study_uid else [], [key]))
+        waited |= {"Patient"} if self.in_use(question[0]) else set()
+        return any(name[0] not in waited for name in self._not_known([question]))
 
-    def _unknown(self, studies: Iterable[str], patients: Iterable[PatientKey]) -> dict[_Name, None]:
-        wanted: list[_Name] = [("ImagingStudy", *_study_identity(uid)) for uid in studies]
-        if self._policy != "identifier-only":
-            wanted += [("Patient", *key) for key in patients if key not in self._patients]
-        if self._endpoint is None:
-            wanted.append(_ENDPOINT)
+    def in_use(self, key: PatientKey | None) -> bool:
+        """Whether a lane is alone with this Patient."""
+        lock = self._patient_locks.get(key) if key is not None else None
+        return lock is not None and lock.locked()
+
+    def _not_known(self, questions: Iterable[Question]) -> list[_Name]:
+        wanted: dict[_Name, None] = {}
+        for key, study_uid in questions:
+            if study_uid is not None:
+                wanted["ImagingStudy", *_study_identity(study_uid)] = None
+            if key is not None and self._policy != "identifier-only" and key not in self._patients:
+                wanted["Patient", *key] = None
         since = self._clock.monotonic() - _HINT_LASTS
-        return {name: None for name in wanted if name not in self._hints or self._hints[name][0] < since}
+        names = [name for name in wanted if name not in self._hints or self._hints[name][0] < since]
+        return [*names, _ENDPOINT] if self._endpoint is None and self._endpoint_asked < since else names
 
-    async def look_up(self, studies: Iterable[str], patients: Iterable[PatientKey]) -> None:
+    async def look_up(self, questions: Collection[Question]) -> None:
         """Ask for many at once; what comes of it is good for one attempt of each, within a minute.
 
         Of many ImagingStudies it asks only who they are: those of a lost database, whole, would not fit into memory.
         """
-        wanted = self._unknown(studies, patients)
+        wanted = self._not_known(questions)
         queries = []
         for kind in ("ImagingStudy", "Patient"):
             if identities := [name[1:] for name in wanted if name[0] == kind]:
@@ -141,21 +149,26 @@ class Links:
         self._hints |= {name: (now, _carrying(found[name[0]], *name[1:])) for name in wanted if name != _ENDPOINT}
         if ours and self._endpoint is None:  # a lane may have created it since
             self._endpoint = self._our_endpoint(*answers[len(queries) :])
-            self._hints[_ENDPOINT] = now, []
+            self._endpoint_asked = now
 
     async def around(self, key: PatientKey | None, *, study_uid: str | None = None) -> tuple[Around, Held | None]:
         """Our Endpoint, with `key` the Patient, with `study_uid` also who its ImagingStudy is, if there is one."""
-        studies, patients = [study_uid] if study_uid else [], [key] if key else []
-        while self._unknown(studies, patients):  # another lane may have given up what it took for known
-            await self.look_up(studies, patients)
-        _, of_study = self._hints.pop(("ImagingStudy", *_study_identity(study_uid or "")), (0.0, []))
-        _, of_patient = self._hints.pop(("Patient", *key) if key else _ENDPOINT, (0.0, []))
-        patient, endpoint = self._patients.get(key) if key else None, self._endpoint
+        question = key, study_uid
+        while self._not_known([question]):  # another lane may have given up what it took for known
+            await self.look_up([question])
+        endpoint = self._endpoint
         if endpoint is None:
-            self._hints.pop(_ENDPOINT, None)
-        if key and patient is None and (found := _only(of_patient)) is not None:
+            self._endpoint_asked = _NEVER
+        study = self._once(("ImagingStudy", *_study_identity(study_uid))) if study_uid else None
+        patient = self._patients.get(key) if key else None
+        if key and patient is None and (found := self._once(("Patient", *key))) is not None:
             patient = self._remember(key, await self._surviving(found))
-        return Around(key, patient, endpoint), _only(of_study)
+        return Around(key, patient, endpoint), study
+
+    def _once(self, name: _Name) -> Held | None:
+        """What was found of it, for one attempt."""
+        _, hits = self._hints.pop(name, (0.0, []))
+        return _only(hits)
 
     async def owned_elsewhere(self, study: Held, endpoint: str) -> bool:
         """Whether an ImagingStudy belongs to another feed: the first Endpoint that dicomcast made is not ours."""
@@ -185,7 +198,7 @@ class Links:
     def forget(self, key: PatientKey | None, *, refused: bool) -> None:
         """Look again. `refused`: nothing was written, so the Patient's version is still what it was."""
         self._endpoint = None
-        self._hints.pop(_ENDPOINT, None)
+        self._endpoint_asked = _NEVER
         if key is not None:
             self._hints.pop(("Patient", *key), None)
             self._patients.pop(key, None)

@@ -86,7 +86,7 @@ class Roads:
             else:
                 base = await self._base(row, failing)
                 around, _ = await self._links.around(key)
-                instances = self._unknown(change, base, row)
+                instances = self._new(change, base, row)
                 if not instances:
                     return self._nothing_new(change, row)
                 build = self._more(base, instances)
@@ -115,7 +115,7 @@ class Roads:
             raise errors.Replan("its instances are not listed")
         return base
 
-    def _unknown(self, change: StudyChange, base: Held, row: store.Study) -> list[mapping.Instance]:
+    def _new(self, change: StudyChange, base: Held, row: store.Study) -> list[mapping.Instance]:
         """The instances that the base lacks. An old entry is a repetition, a new one for what we hold a replacement."""
         known = self._rules.instance_uids(base.resource)
         for key, (sequence, _) in change.instances.items():

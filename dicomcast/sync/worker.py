@@ -20,7 +20,7 @@ from dicomcast.sync import plan
 from dicomcast.sync.changes import Buffer, StudyChange, failure_of
 from dicomcast.sync.intake import Intake
 from dicomcast.sync.ledger import Ledger, Settled
-from dicomcast.sync.links import Links, PatientKey
+from dicomcast.sync.links import Links, PatientKey, Question
 from dicomcast.sync.patience import LONGEST_PAUSE, Patience, Stopped
 from dicomcast.sync.roads import Roads
 
@@ -38,8 +38,6 @@ _STOP_WITHIN = 5.0
 _LATE = 60.0
 """Seconds, beside twice the timeout, after which a write that we gave up won't arrive any more."""
 
-Question = tuple[PatientKey, str | None]
-"""Whose study it is, and its UID if it is new to us."""
 _DOUBTFUL = (errors.Troubled, errors.Forbidden)
 """What may be the service's trouble or the study's own."""
 
@@ -218,14 +216,14 @@ class Worker:
         free = max(0, min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes))
         await self._read_rows(self._due(free))
         due = self._due(free)  # from here on nothing is awaited: what is due may change meanwhile
-        unknown = self._unknown(due)
-        known = [change for change in due if change.study_uid not in unknown]
+        asked = self._questions(due)
+        known = [change for change in due if change.study_uid not in asked and not self._waits(change)]
         for change in known[:free]:
             self._buffer.take(change.study_uid)
             self._lanes[change.study_uid] = tasks.create_task(self._lane(change))
-        many = len(unknown) >= _ASKED_TOGETHER or self._buffer.full or not self._intake.behind
-        if unknown and many and len(known) <= free and (self._looking is None or self._looking.done()):
-            self._looking = tasks.create_task(self._look_up(dict(list(unknown.items())[:_ASKED_TOGETHER])))
+        many = len(asked) >= _ASKED_TOGETHER or self._buffer.full or not self._intake.behind
+        if asked and many and len(known) <= free and (self._looking is None or self._looking.done()):
+            self._looking = tasks.create_task(self._look_up(dict(islice(asked.items(), _ASKED_TOGETHER))))
 
     def _due(self, free: int) -> list[StudyChange]:
         """What is due, no more of it than lanes are free and can be asked about at once."""
@@ -235,25 +233,27 @@ class Worker:
         return list(islice(idle, free + _ASKED_TOGETHER))
 
     async def _read_rows(self, changes: Iterable[StudyChange]) -> None:
-        blank = {change.study_uid: change for change in changes if change.held is None}
+        blank = {one.study_uid: one for one in changes if one.held is None and one.study_uid not in self._lanes}
         if blank:
             rows = await self._patience.with_("database", partial(self.ledger.studies, list(blank)))
             for uid, (row, _) in rows.items():
                 blank[uid].held = row.instances or 1 if row and row.outcome != "deleted" else 0
 
-    def _unknown(self, due: list[StudyChange]) -> dict[str, Question]:
-        """Of those about which FHIR is to be asked before their lanes start, what: many at once."""
-        folds = (change for change in due if change.reason is None and change.instances)
-        asked = {change.study_uid: _question(change) for change in folds if change.study_uid not in self._alone}
-        return {uid: (key, new) for uid, (key, new) in asked.items() if self._links.unknown(key, study_uid=new)}
+    def _questions(self, due: list[StudyChange]) -> dict[str, Question]:
+        """What FHIR is to be asked about these before their lanes start, by study."""
+        folds = (change for change in due if _to_fold(change) and change.study_uid not in self._alone)
+        asked = {change.study_uid: _question(change) for change in folds}
+        return {uid: question for uid, question in asked.items() if self._links.must_ask(question)}
+
+    def _waits(self, change: StudyChange) -> bool:
+        """Whether a lane of it would only wait for another of the same Patient."""
+        return _to_fold(change) and self._links.in_use(_question(change)[0])
 
     async def _look_up(self, questions: dict[str, Question]) -> None:
         """Ask all that at once; where that can't be answered, each lane asks its own."""
         try:
             await self._patience.turn("fhir")
-            await self._links.look_up(
-                [new for _, new in questions.values() if new], [key for key, _ in questions.values()]
-            )
+            await self._links.look_up(questions.values())
             self._patience.well("fhir")
         except Stopped:
             raise
@@ -412,7 +412,11 @@ def _in_vain() -> Iterator[None]:
         log.warning("not given back", reason=str(failure))
 
 
-def _question(change: StudyChange) -> Question:
+def _to_fold(change: StudyChange) -> bool:
+    return change.reason is None and bool(change.instances)
+
+
+def _question(change: StudyChange) -> tuple[PatientKey, str | None]:
     """What FHIR is asked about a study that is to be folded: its one patient, and itself if it is new to us."""
     _, instance = next(iter(change.instances.values()))
     return instance.patient_key, None if change.held else change.study_uid
