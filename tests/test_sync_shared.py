@@ -100,6 +100,25 @@ def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital,
     assert one.study(uid(study[0])) is None
 
 
+def test_the_owner_that_has_gone_comes_back_as_the_second(two: tuple[Hospital, Hospital]) -> None:
+    one, other = two
+    study = a_study(instances=3)
+    for each in two:
+        each.send(*study[:2])
+        each.sync()
+    one.modality.delete(uid(study[0]))
+    one.sync()
+    other.send(study[2])
+    other.sync()
+    one.send(study[0])
+
+    one.sync()
+
+    assert one.study(uid(study[0]))["numberOfInstances"] == 3
+    assert endpoints(one, study) == [other.dicom_url, one.dicom_url]
+    assert one.status(uid(study[0]))["outcome"] == "shared"
+
+
 def test_a_failure_of_the_second_feed_makes_the_study_not_its_own(two: tuple[Hospital, Hospital]) -> None:
     one, other = two
     study = a_study(instances=3)

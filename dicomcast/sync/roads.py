@@ -163,7 +163,8 @@ class Roads:
         self, change: StudyChange, row: store.Study | None, held: Held | None, key: PatientKey | None, *, there: bool
     ) -> Settled | None:
         """Show in an ImagingStudy of another feed that the study is here too, or no longer; None where it is ours."""
-        if held is None or (row is not None and row.imaging_study and row.outcome not in ("shared", "deleted")):
+        vouched = row is not None and row.imaging_study is not None and row.outcome in ("synced", "failed")
+        if held is None or vouched:
             return None
         around, _ = await self._links.around(key)
         endpoint, endpoint_write = self._links.endpoint(around)

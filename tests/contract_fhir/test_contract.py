@@ -1010,8 +1010,9 @@ def test_study_that_an_observation_refers_to_is_not_deleted_without_it(hapi_url:
     _, study, (observation,) = a_dose(hapi_url)
 
     for writes in ([deleted(study)], [deleted(study), create(value())]):
-        with pytest.raises(errors.Conflict):
+        with pytest.raises(errors.Conflict) as conflict:
             write(hapi_url, *writes)
+        assert conflict.value.referred
 
     assert there(hapi_url, study.reference).version == study.version
     assert write(hapi_url, deleted(study), deleted(observation)) == [None, None]
