@@ -174,7 +174,9 @@ def hapi(folder: Path) -> Iterator[str]:
         return said[1] if said else None
 
     lean = ["-Xmx1g", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
-    with running([java, *lean, "-jar", HAPI_JAR, "--port", "0"], log=log, ready=address):
+    # All that we write to; search results are reused for a minute, which is HAPI's own default.
+    ours = ["--resources", "Patient,ImagingStudy,Endpoint,Observation", "--search-reuse", "60"]
+    with running([java, *lean, "-jar", HAPI_JAR, "--port", "0", *ours], log=log, ready=address):
         yield str(address())
 
 
