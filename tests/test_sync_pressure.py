@@ -206,7 +206,7 @@ def test_twenty_four_refusals_are_failures_of_their_studies(hospital: Hospital) 
 
 
 def test_twenty_five_refusals_in_a_row_stop_the_sync(hospital: Hospital) -> None:
-    studies = refused_studies(hospital, 60)
+    studies = refused_studies(hospital, 35)
     hospital.fault("fhir", method="PUT", status=422)
     hospital.patience = 30
 
@@ -306,7 +306,7 @@ def test_who_is_told_to_wait_waits_though_others_go_on(hospital: Hospital) -> No
         if not (gateway.writes(method, path, body) and b"BUSY" in body):
             return None
         told.append(hospital.clock.monotonic())
-        return Response(status_code=429, headers={"Retry-After": "300"}) if len(told) < 4 else None
+        return Response(status_code=429, headers={"Retry-After": "120"}) if len(told) < 4 else None
 
     hospital.send(*a_study())
     hospital.sync()
@@ -317,4 +317,4 @@ def test_who_is_told_to_wait_waits_though_others_go_on(hospital: Hospital) -> No
         assert hospital.sync(fhir={"url": between.url}) == {"created": 31}
 
     assert len(told) == 4
-    assert min(later - before for before, later in pairwise(told)) >= 300
+    assert min(later - before for before, later in pairwise(told)) >= 120
