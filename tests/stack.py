@@ -26,6 +26,7 @@ import pytest
 import sqlalchemy
 
 CI = os.environ.get("CI") == "true"
+long = pytest.mark.skipif(not CI, reason="takes long: only where CI=true")
 """Whether everything must be there, and every case is tried; elsewhere the telling ones are."""
 
 HERE = Path(__file__).parent

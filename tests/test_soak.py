@@ -8,8 +8,10 @@ from simulated import Simulated
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import soak
+import stack
 
 
+@stack.long
 def test_the_same_seed_injects_the_same_faults(tmp_path: Path) -> None:
     hospital = Simulated(tmp_path)
     one, other = (soak.soak(hospital, faults=5, seed=7) for _ in range(2))

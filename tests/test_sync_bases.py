@@ -367,7 +367,7 @@ def change(hospital: Hospital) -> None:
     hospital.modality.correct([uid(MOVED[0])], {"PatientID": "four", "PatientName": "Four^Patient"})
 
 
-@pytest.mark.parametrize("kind", list(KINDS) if stack.CI else ["hapi", "server ids, no bundles"])
+@pytest.mark.parametrize("kind", list(KINDS) if stack.CI else ["server ids, no bundles"])
 def test_a_database_that_is_lost_at_any_request_costs_no_content(tmp_path: Path, kind: str) -> None:
     """The service takes a request, answers no more, and when it is back, what we knew of it is gone."""
     for at in range(0, 100, 1 if stack.CI else 3):
@@ -417,6 +417,7 @@ class StandingClock(HurriedClock):
         return datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=self._skipped)
 
 
+@stack.long
 @pytest.mark.parametrize("client_ids", [True, False], ids=["client ids", "server ids"])
 @pytest.mark.parametrize("catches_up", [True, False], ids=["seconds", "a minute"])
 def test_search_that_is_behind_makes_nothing_twice(tmp_path: Path, catches_up: bool, client_ids: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gateway
 import pytest
+import stack
 from hospital import Hospital, Json, a_study, uid, until
 from scripted import Answer, Request, serving
 from starlette.responses import Response
@@ -135,6 +136,7 @@ def test_a_403_for_one_study_is_its_own_failure(hospital: Hospital) -> None:
     assert hospital.failures() == []
 
 
+@stack.long
 def test_a_403_for_every_write_is_an_outage(hospital: Hospital) -> None:
     old, new = a_study(), a_study()
     hospital.send(*old)
@@ -195,6 +197,7 @@ def refused_studies(hospital: Hospital, count: int) -> list[list[Json]]:
     return studies
 
 
+@stack.long
 def test_twenty_four_refusals_are_failures_of_their_studies(hospital: Hospital) -> None:
     refused_studies(hospital, 24)
     hospital.fault("fhir", method="PUT", status=422)
@@ -226,6 +229,7 @@ def test_twenty_five_refusals_in_a_row_stop_the_sync(hospital: Hospital) -> None
     assert hospital.failures() == []
 
 
+@stack.long
 def test_refused_studies_give_way_to_others_in_the_end(hospital: Hospital) -> None:
     studies, sane = refused_studies(hospital, 30), a_study()
     hospital.send(*sane)
@@ -237,6 +241,7 @@ def test_refused_studies_give_way_to_others_in_the_end(hospital: Hospital) -> No
     assert len(hospital.kinds()) == len(studies)
 
 
+@stack.long
 def test_one_that_is_taken_between_begins_the_count_anew(hospital: Hospital) -> None:
     studies = refused_studies(hospital, 40)
     taken = hospital.study(uid(studies[20][0]))["id"]
@@ -299,6 +304,7 @@ def test_a_patient_that_cannot_be_searched_for_stops_no_other(hospital: Hospital
         hospital.check(uid(study[0]))
 
 
+@stack.long
 def test_who_is_told_to_wait_waits_though_others_go_on(hospital: Hospital) -> None:
     told: list[float] = []
 

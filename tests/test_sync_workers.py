@@ -460,6 +460,7 @@ def test_a_foreign_editor_and_workers_that_follow_each_other_lose_nothing(edited
     assert hospital.sync() == {}
 
 
+@stack.long
 def test_a_standby_process_takes_over_from_one_that_was_killed(local: Hospital) -> None:
     first, second = a_study(), a_study()
     quick = {
