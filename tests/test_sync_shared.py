@@ -79,7 +79,8 @@ def test_the_second_feed_takes_only_its_endpoint_away(two: tuple[Hospital, Hospi
     one.check(uid(study[0]))
 
 
-def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital, Hospital]) -> None:
+def left_by_its_owner(two: tuple[Hospital, Hospital]) -> list[Json]:
+    """A study of two instances that both had and the owner has no more; a third one is new to the other."""
     one, other = two
     study = a_study(instances=3)
     for each in two:
@@ -88,6 +89,12 @@ def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital,
     one.modality.delete(uid(study[0]))
     one.sync()
     other.send(study[2])
+    return study
+
+
+def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital, Hospital]) -> None:
+    one, other = two
+    study = left_by_its_owner(two)
 
     other.sync()
 
@@ -102,13 +109,7 @@ def test_the_second_feed_takes_over_when_the_owner_has_gone(two: tuple[Hospital,
 
 def test_the_owner_that_has_gone_comes_back_as_the_second(two: tuple[Hospital, Hospital]) -> None:
     one, other = two
-    study = a_study(instances=3)
-    for each in two:
-        each.send(*study[:2])
-        each.sync()
-    one.modality.delete(uid(study[0]))
-    one.sync()
-    other.send(study[2])
+    study = left_by_its_owner(two)
     other.sync()
     one.send(study[0])
 

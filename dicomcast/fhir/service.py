@@ -128,8 +128,7 @@ class FhirService:
         try:
             response = await self._service.read("GET", path, headers=_READ, also={404, 410})
             if response.status_code == 200:
-                before = {name: value for name, value in _json(response.content).items() if name != "id"}
-                content = {**before, "id": replaced.id}
+                content = {**_json(response.content), "id": replaced.id}
                 await self.write([Write(replaced.type, content, id=replaced.id, if_match=replaced.version)])
         except (errors.Rejected, errors.Conflict):
             pass

@@ -211,10 +211,9 @@ class Worker:
     async def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
         if self._lanes and self._patience.troubled("database", "fhir", _REFUSALS):
             return
-        if not self._intake.behind:
-            await self._read_rows(self._buffer)  # whether a study is new to us decides when it is due
         free = max(0, min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes))
-        await self._read_rows(self._due(free))
+        # At the head it decides when a study is due whether it is new to us.
+        await self._read_rows(self._due(free) if self._intake.behind else self._buffer)
         due = self._due(free)  # from here on nothing is awaited: what is due may change meanwhile
         asked = self._questions(due)
         known = [change for change in due if change.study_uid not in asked and not self._waits(change)]
