@@ -38,7 +38,12 @@ ARROWS: dict[str, set[str]] = {
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
 CORE_LINES = 6_900
 BESIDE = {"sandbox", "demo", "authoring", "mappings"}  # what no sync runs, and the rules themselves, which are data
-FILES = PACKAGE / "dicom" / "files.py"  # for those beside the core alone: a sync reads no files
+# For those beside the core alone: a sync reads no files and no reports, and migrations repeat what the tables say.
+NO_CORE = {
+    PACKAGE / "dicom" / "files.py",
+    PACKAGE / "state" / "reports.py",
+    *(PACKAGE / "state" / "migrations").rglob("*.py"),
+}
 
 
 def room(module: Path) -> str:
@@ -119,5 +124,5 @@ def code_lines(source: str) -> int:
 
 
 def test_core_can_be_read_in_an_afternoon() -> None:
-    core = [module for module in MODULES if room(module) not in BESIDE and module != FILES]
+    core = [module for module in MODULES if room(module) not in BESIDE and module not in NO_CORE]
     assert sum(code_lines(module.read_text(encoding="utf-8")) for module in core) <= CORE_LINES

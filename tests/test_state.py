@@ -8,6 +8,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import alembic.command
+import alembic.config
 import pytest
 import sqlalchemy as sa
 import stack
@@ -170,24 +172,27 @@ def test_schema_that_a_newer_version_made_is_refused_and_left_alone(
     assert state.revision()[0] == "9999"
 
 
-def test_schema_that_is_behind_is_refused_with_the_verb_that_mends_it(
-    open_store: Callable[[], store.Store], state: store.Store, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+def test_schema_that_is_behind_is_refused_and_upgraded_with_all_that_it_holds(
+    database_url: str, engine: sa.Engine, clock: virtual.Clock
 ) -> None:
-    # The only revision is the newest yet: a later one is put behind it, on disk, as a release would.
-    later = "revision = 'zzzz'\ndown_revision = '0001'\n\ndef upgrade():\n    pass\n"
-    scripts = Path("scripts")
-    (scripts / "versions").mkdir(parents=True)
-    original = Path(str(schema.__file__)).with_name("migrations")
-    for path in [*original.glob("*.py"), *original.glob("versions/*.py")]:
-        (scripts / path.relative_to(original)).write_text(path.read_text())
-    (scripts / "versions" / "zzzz_later.py").write_text(later)
-    monkeypatch.setattr(schema, "_SCRIPTS", scripts.absolute())
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(str(schema.__file__)).with_name("migrations")))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO feed (id, name, url, latest, token) VALUES (1, 'f', 'f', 7, 1)"))
+        study = "1, '1.2.3', 'synced', 1, 40, 1, 7, 'abc', '2026-01-01 00:00:00'"
+        columns = "feed_id, study_instance_uid, outcome, series, instances, first_sequence, last_sequence"
+        connection.execute(sa.text(f"INSERT INTO study ({columns}, mapping_digest, synced_at) VALUES ({study})"))
+    state = store.Store(database_url, clock=clock)
 
     with pytest.raises(errors.Incompatible, match="dicomcast db upgrade"):
-        open_store()
-    assert state.revision() == ("0001", "zzzz")
-    assert state.upgrade() == ("0001", "zzzz")
-    open_store()
+        state.open()
+    assert state.upgrade() == ("0001", schema.newest())
+    state.open()
+
+    assert state.study_row(1, "1.2.3")["instances"] == 40
+    state.close()
 
 
 def test_upgrade_makes_an_empty_database_and_does_nothing_to_a_new_one(database_url: str, clock: virtual.Clock) -> None:
@@ -444,6 +449,8 @@ def test_failure_comes_back_with_all_that_is_known(
         "last_seen": clock.now(),
         "next_retry": None,
         "resolution": None,
+        "instances": 1,
+        "note": None,
     }
     assert expected == row
 

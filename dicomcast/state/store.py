@@ -28,6 +28,10 @@ Row = dict[str, Any]
 _RETRY_PAUSES = (60, 300, 1800, 7200, 21600)
 """Seconds until a failure that may heal by itself is tried again, by the number of attempts so far."""
 
+_SUMS = ("flushes", "entries", "seconds", "lag_seconds")
+_LAGS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800)
+"""Seconds: the steps in which lags are counted."""
+
 ATTENTION = ("open", "retrying")
 """Statuses of failures that are not over."""
 
@@ -67,6 +71,8 @@ class Study:
     last_sequence: int
     mapping_digest: str
     synced_at: datetime
+    modality: str | None = None
+    month: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,20 @@ class Failure:
     heals: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """One settling of one study. `lag_seconds`: since its oldest entry was in the feed; None where it had no entry."""
+
+    study_instance_uid: str
+    at: datetime
+    road: str
+    reason: str | None
+    outcome: str
+    entries: int
+    seconds: float
+    lag_seconds: float | None
+
+
 _FORMS = "sqlite:///relative.db, sqlite:////absolute.db or postgresql+psycopg://user@host/name is what it takes"
 
 IssueKey = tuple[str, str, str, str]
@@ -116,6 +136,7 @@ class Effects:
     issues: dict[str, Counter[IssueKey]] = field(default_factory=dict)
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
+    flushes: list[Flush] = field(default_factory=list)
 
     def reconcile(self, study_uid: str, resolution: str, *, cut: int) -> None:
         """A reconcile has the last word on a study: what was noted before is over. Other partitions are no study's."""
@@ -138,6 +159,7 @@ class Effects:
             self.issues.setdefault(study_uid, Counter()).update(counts)
         self.missed |= later.missed
         self.closed_gaps |= later.closed_gaps
+        self.flushes += later.flushes
 
 
 class Store:
@@ -326,6 +348,7 @@ class Store:
             opened = self._commit_failures(connection, feed_id, effects, now)
             self._commit_issues(connection, feed_id, effects)
             self._commit_gaps(connection, feed_id, effects)
+            self._commit_flushes(connection, feed_id, effects.flushes)
         return opened
 
     def _commit_failures(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> int:
@@ -406,6 +429,28 @@ class Store:
             connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
         for some in _chunks(sorted(effects.closed_gaps), 500):
             connection.execute(sa.delete(table).where(table.c.feed_id == feed_id, table.c.sequence.in_(some)))
+
+    def _commit_flushes(self, connection: sa.Connection, feed_id: int, flushes: list[Flush]) -> None:
+        """Into the log, and into its roll-up by the hour, which stays when the log is pruned."""
+        if not flushes:
+            return
+        hours: dict[tuple[Any, ...], Row] = {}
+        for one in flushes:
+            lag = one.lag_seconds
+            key = (one.at.replace(minute=0, second=0, microsecond=0), one.road, one.outcome, lag_within(lag))
+            row = hours.setdefault(key, dict.fromkeys(_SUMS, 0))
+            sums = (1, one.entries, one.seconds, lag or 0.0)
+            row |= {name: row[name] + more for name, more in zip(_SUMS, sums, strict=True)}
+            row["longest_lag"] = max(row.get("longest_lag", 0.0), lag or 0.0)
+        table = tables.flush_hour
+        connection.execute(sa.insert(tables.flush), [{"feed_id": feed_id, **asdict(one)} for one in flushes])
+        insert = self._insert(table)
+        new, known = insert.excluded, table.c
+        more = {name: known[name] + new[name] for name in _SUMS}
+        more["longest_lag"] = sa.case((new.longest_lag > known.longest_lag, new.longest_lag), else_=known.longest_lag)
+        names = ("hour", "road", "outcome", "lag_within")
+        rows = [{"feed_id": feed_id, **dict(zip(names, key, strict=True)), **row} for key, row in hours.items()]
+        connection.execute(insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=more), rows)
 
     # What people ask ------------------------------------------------------------------------------------------------
 
@@ -515,6 +560,13 @@ class Store:
             connection.execute(
                 insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed), values
             )
+
+
+def lag_within(seconds: float | None) -> int:
+    """The step of seconds that a lag does not exceed; 0 for no lag, and the largest integer beyond the last step."""
+    if seconds is None:
+        return 0
+    return next((step for step in _LAGS if seconds <= step), 2**31 - 1)
 
 
 def _patience(url: sa.URL) -> dict[str, int]:

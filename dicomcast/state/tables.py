@@ -9,6 +9,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -76,7 +77,7 @@ study = Table(
     metadata,
     Column("feed_id", _Id, ForeignKey("feed.id"), primary_key=True),
     Column("study_instance_uid", String(64), primary_key=True),
-    Column("outcome", String(16), nullable=False, comment="synced, failed, deleted, cancelled"),
+    Column("outcome", String(16), nullable=False, comment="synced, failed, deleted, cancelled, shared"),
     Column("imaging_study", String(64), comment="FHIR id"),
     Column("version", String(64), comment="FHIR version that we wrote last"),
     Column("patient", String(64), comment="FHIR id"),
@@ -84,8 +85,12 @@ study = Table(
     Column("instances", Integer, nullable=False),
     Column("first_sequence", BigInteger, nullable=False),
     Column("last_sequence", BigInteger, nullable=False),
-    Column("mapping_digest", String(64), nullable=False),
-    Column("synced_at", Instant, nullable=False),
+    Column("mapping_digest", String(64), nullable=False, comment="of the mapping that it was last written by"),
+    Column("synced_at", Instant, nullable=False, comment="when it was last settled"),
+    Column("modality", String(64), comment="modalities of its series, sorted, / between"),
+    Column("month", String(7), comment="YYYY-MM in UTC in which its first change was recorded by the feed"),
+    Index("study_by_month", "feed_id", "month", "modality", "outcome"),
+    Index("study_by_digest", "feed_id", "mapping_digest", "outcome", "synced_at"),
 )
 
 patient = Table(
@@ -118,6 +123,8 @@ failure = Table(
     Column("last_seen", Instant, nullable=False),
     Column("next_retry", Instant),
     Column("resolution", String(32), comment="mapped, deleted, dismissed"),
+    Column("instances", Integer, nullable=False, server_default="1", comment="alike in one study; from 20 on one row"),
+    Column("note", Text, comment="why an operator dismissed it"),
     Index("failure_by_study", "feed_id", "study_instance_uid", "status"),
     Index("failure_by_status", "feed_id", "status", "next_retry"),
 )
@@ -132,4 +139,86 @@ issue = Table(
     Column("vr", String(2), primary_key=True),
     Column("reason", String(128), primary_key=True),
     Column("count", Integer, nullable=False, comment="instances concerned"),
+    Index("issue_by_rule", "feed_id", "rule", "tag", "vr", "reason", "count"),
+)
+
+job = Table(
+    "job",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("feed_id", _Id, ForeignKey("feed.id"), nullable=False),
+    Column("verb", String(16), nullable=False, comment="replay, verify, backfill"),
+    Column("scope", Text, nullable=False, comment="what was asked for: the same again takes an unfinished job up"),
+    Column("requested_by", String(128), nullable=False),
+    Column("requested_at", Instant, nullable=False),
+    Column("listed_at", Instant, comment="when all its studies were in `work`; absent: listing goes on at `cursor`"),
+    Column("cursor", Text, comment="how far the listing came"),
+    Column("handover", BigInteger, comment="newest sequence when listing began: what comes later is the feed's own"),
+    Column("per_second", Float, comment="most studies a second; absent: as many as live traffic leaves room for"),
+    Column("allow_deletes", Integer, comment="most studies that it may take out of FHIR; absent: 20, or 5 %"),
+    Column("held", Text, comment="why it waits for an operator; absent: it does not"),
+    Index("job_by_scope", "feed_id", "verb"),
+)
+
+work = Table(
+    "work",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("feed_id", _Id, ForeignKey("feed.id"), nullable=False),
+    Column("job_id", _Id, ForeignKey("job.id"), comment="absent: the worker asked for it itself"),
+    Column("study_instance_uid", String(64), nullable=False),
+    Column("reason", String(32), nullable=False, comment="replay, verify, backfill, in doubt"),
+    Column("state", String(16), nullable=False, comment="listed (to be compared), waiting, done, cancelled"),
+    Column("priority", Integer, nullable=False, comment="the lowest first"),
+    Column("due_at", Instant, comment="not before this"),
+    Column("result", String(16), comment="created, updated, unchanged, deleted, failed; of a comparison its kind"),
+    Column("detail", Text, comment="of a comparison: names of the elements that differ, as JSON"),
+    Column("finished_at", Instant),
+    Index("work_by_job", "job_id", "study_instance_uid", unique=True),
+    Index("work_by_state", "feed_id", "state", "priority", "id"),
+    Index("work_by_study", "feed_id", "study_instance_uid"),
+)
+
+flush = Table(
+    "flush",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("feed_id", _Id, ForeignKey("feed.id"), nullable=False),
+    Column("at", Instant, nullable=False, comment="when the study was settled"),
+    Column("study_instance_uid", String(64), nullable=False),
+    Column("road", String(16), nullable=False, comment="fold, reconcile"),
+    Column("reason", String(32), comment="why it was reconciled"),
+    Column("outcome", String(16), nullable=False, comment="created, updated, unchanged, deleted, failed"),
+    Column("entries", Integer, nullable=False, comment="change feed entries that this settled"),
+    Column("seconds", Float, nullable=False, comment="from the lane's start to its end"),
+    Column("lag_seconds", Float, comment="from the oldest of these entries in the feed to its effect in FHIR"),
+    Index("flush_by_time", "feed_id", "at"),
+    Index("flush_by_lag", "feed_id", "lag_seconds"),
+)
+
+flush_hour = Table(
+    "flush_hour",
+    metadata,
+    Column("feed_id", _Id, ForeignKey("feed.id"), primary_key=True),
+    Column("hour", Instant, primary_key=True, comment="its beginning"),
+    Column("road", String(16), primary_key=True),
+    Column("outcome", String(16), primary_key=True),
+    Column("lag_within", Integer, primary_key=True, comment="seconds: 1, 2, 5, 10, ...; 0: no entry of the feed"),
+    Column("flushes", Integer, nullable=False),
+    Column("entries", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False, comment="sum"),
+    Column("lag_seconds", Float, nullable=False, comment="sum"),
+    Column("longest_lag", Float, nullable=False),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("feed_id", _Id, ForeignKey("feed.id")),
+    Column("at", Instant, nullable=False),
+    Column("who", String(128), nullable=False),
+    Column("action", String(32), nullable=False, comment="replay, dismiss, state set, ..."),
+    Column("detail", Text, nullable=False),
+    Index("audit_by_time", "feed_id", "at"),
 )

@@ -34,6 +34,8 @@ class StudyChange:
     patient_key: tuple[str | None, str] | None = None
     """Of the Patient that the last attempt was about."""
     feed_time: datetime | None = None
+    entered: datetime | None = None
+    """When the oldest of its entries was recorded by the feed."""
     held: int | None = None
     """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
     urgent: bool = False
@@ -57,6 +59,7 @@ class StudyChange:
         self.sequences += later.sequences
         self.last_sequence = max(self.last_sequence, later.last_sequence)
         self.without_metadata |= later.without_metadata
+        self.entered = self.entered or later.entered
 
     def add(self, entry: feed.ChangeFeedEntry, rules: mapping.Mapping) -> None:
         """Reduce one entry. State first, action second."""

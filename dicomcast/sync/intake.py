@@ -148,6 +148,7 @@ class Intake:
         change = self._buffer.touch(entry.study_uid, now=self._clock.monotonic())
         change.add(entry, self._rules)
         change.feed_time = self.feed_time = feed.moment(entry) or self.feed_time
+        change.entered = change.entered or change.feed_time
         if late:
             self.reconcile_soon(entry.study_uid, "late")
         if moved_to:

@@ -204,9 +204,10 @@ class Ledger:
         self.failed += 1
         self.release([sequence])
 
-    def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled) -> None:
+    def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled, flush: store.Flush) -> None:
         """A study's entries have had their effect."""
         self._effects.studies[study_uid] = settled.study
+        self._effects.flushes.append(flush)
         self.failed += len(settled.failures)
         if settled.resolution:
             self._effects.reconcile(study_uid, settled.resolution, cut=settled.cut)

@@ -8,6 +8,7 @@ that it replaces.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC
 
 from dicomcast import decimals, errors, mapping, settings
 from dicomcast.clock import Clock
@@ -384,6 +385,8 @@ class Roads:
             last_sequence=row.last_sequence if row else 0,
             mapping_digest=self._rules.digest,
             synced_at=self._clock.now(),
+            modality="/".join(sorted({str(one.get("code")) for one in resource.get("modality") or ()}))[:64] or None,
+            month=row.month if row and row.month else f"{(change.entered or self._clock.now()).astimezone(UTC):%Y-%m}",
         )
         return _advanced(fresh, change)
 

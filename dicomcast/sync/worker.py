@@ -282,6 +282,7 @@ class Worker:
     async def _lane(self, change: StudyChange) -> None:
         """Settle one study; never two lanes of one study at a time."""
         uid, tries, exact = change.study_uid, _Tries(), change.reason is not None
+        began = self._clock.monotonic()
         settled: Settled | None = None
         with structlog.contextvars.bound_contextvars(study=uid):
             while settled is None:
@@ -308,12 +309,20 @@ class Worker:
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
                     settled = await self._park(change, _internal(surprise))
             log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
-            self.ledger.settle(uid, *self._links.settled(change, settled))
+            flush = self._flush(change, settled, exact=exact, seconds=self._clock.monotonic() - began)
+            self.ledger.settle(uid, *self._links.settled(change, settled), flush)
             if tries.in_doubt:
                 self._doubts[uid] = self._clock.monotonic() + 2 * self._options.fhir.timeout + _LATE
         del self._lanes[uid]
         self._alone.discard(uid)
         self._intake.moved.set()
+
+    def _flush(self, change: StudyChange, settled: Settled, *, exact: bool, seconds: float) -> store.Flush:
+        now = self._clock.now()
+        lag = max(0.0, (now - change.entered).total_seconds()) if change.entered else None
+        road, reason = ("reconcile", change.reason or "base") if exact else ("fold", None)
+        entries = len(change.sequences)
+        return store.Flush(change.study_uid, now, road, reason, settled.outcome, entries, seconds, lag)
 
     async def _after(self, failure: errors.Error, change: StudyChange, tries: _Tries) -> Settled | None:
         """What becomes of a study whose attempt went wrong: parked, or None to look at both services and try again."""

@@ -41,7 +41,7 @@ def upgrade() -> None:
         "study",
         sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), primary_key=True),
         sa.Column("study_instance_uid", sa.String(64), primary_key=True),
-        sa.Column("outcome", sa.String(16), nullable=False, comment="synced, failed, deleted, cancelled"),
+        sa.Column("outcome", sa.String(16), nullable=False, comment="synced, failed, deleted, cancelled, shared"),
         sa.Column("imaging_study", sa.String(64), comment="FHIR id"),
         sa.Column("version", sa.String(64), comment="FHIR version that we wrote last"),
         sa.Column("patient", sa.String(64), comment="FHIR id"),
@@ -49,8 +49,10 @@ def upgrade() -> None:
         sa.Column("instances", sa.Integer, nullable=False),
         sa.Column("first_sequence", sa.BigInteger, nullable=False),
         sa.Column("last_sequence", sa.BigInteger, nullable=False),
-        sa.Column("mapping_digest", sa.String(64), nullable=False),
-        sa.Column("synced_at", _Instant, nullable=False),
+        sa.Column(
+            "mapping_digest", sa.String(64), nullable=False, comment="of the mapping that it was last written by"
+        ),
+        sa.Column("synced_at", _Instant, nullable=False, comment="when it was last settled"),
     )
     op.create_table(
         "patient",
