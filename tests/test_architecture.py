@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "mappings": {"mapping"},
 }
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
-CORE_LINES = 6_900
+CORE_LINES = 8_000
 BESIDE = {"sandbox", "demo", "authoring", "mappings"}  # what no sync runs, and the rules themselves, which are data
 # For those beside the core alone: a sync reads no files and no reports, and migrations repeat what the tables say.
 NO_CORE = {
