@@ -23,6 +23,7 @@ from dicomcast.dicom.service import DicomService
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
 from dicomcast.sync.ledger import Outcome
+from dicomcast.sync.rehearsal import Unwritten
 from dicomcast.sync.worker import Worker
 
 Json = Any
@@ -76,12 +77,14 @@ def known(options: settings.Settings) -> Iterator[tuple[store.Store, store.Row |
 
 
 @asynccontextmanager
-async def services(options: settings.Settings, *, clock: Clock) -> AsyncIterator[tuple[DicomService, FhirService]]:
-    """Clients of both services."""
+async def services(
+    options: settings.Settings, *, clock: Clock, dry: bool = False
+) -> AsyncIterator[tuple[DicomService, FhirService]]:
+    """Clients of both services; `dry`: what would be written to FHIR is not."""
     dicom = DicomService(
         _wire("dicom", options, clock), version=options.dicom_version, partition=options.dicom.partition
     )
-    fhir = FhirService(_wire("fhir", options, clock), ids=options.fhir.ids)
+    fhir = (Unwritten if dry else FhirService)(_wire("fhir", options, clock), ids=options.fhir.ids)
     try:
         yield dicom, fhir
     finally:
@@ -122,9 +125,9 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
     compiled = rules(options)
     clock = clock or Clock()
     began = clock.monotonic()
-    with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
+    with closing(store.Store(options.database.url, clock=clock)) as opened, stop_on_signals() as stop:
         async with services(options, clock=clock) as (dicom, fhir):
-            worker = _worker(
+            engine = worker(
                 options,
                 compiled,
                 dicom=dicom,
@@ -135,8 +138,8 @@ async def sync(options: settings.Settings, *, clock: Clock | None = None, progre
                 once=True,
                 progress=progress,
             )
-            await worker.work()
-            ledger = worker.ledger
+            await engine.work()
+            ledger = engine.ledger
             still_open = await asyncio.to_thread(_open_failures, opened, options.feed_name)
             studies: list[str] = list(ledger.outcomes.values())
             report = {
@@ -162,23 +165,23 @@ async def run(options: settings.Settings, *, clock: Clock | None = None) -> int:
     settings.require_patient_system(options)
     compiled = rules(options)
     clock = clock or Clock()
-    with closing(store.Store(options.database.url, clock=clock)) as opened, _stop_on_signals() as stop:
+    with closing(store.Store(options.database.url, clock=clock)) as opened, stop_on_signals() as stop:
         pulse = health.Pulse(clock=clock)
         with health.serving(pulse, host=options.web.host, port=options.web.port):
             async with services(options, clock=clock) as (dicom, fhir):
                 while not stop.is_set():
-                    worker = _worker(
+                    engine = worker(
                         options, compiled, dicom=dicom, fhir=fhir, state=opened, clock=clock, stop=stop, once=False
                     )
                     try:
-                        async with pulse.beating(worker.trouble):
-                            await worker.work()
+                        async with pulse.beating(engine.trouble):
+                            await engine.work()
                     except (errors.LeaseLost, errors.Unavailable) as lost:
                         log.warning("standing by", reason=str(lost))
     return stop.signal or signal.SIGTERM
 
 
-def _worker(
+def worker(
     options: settings.Settings,
     compiled: mapping.Mapping,
     *,
@@ -188,6 +191,7 @@ def _worker(
     clock: Clock,
     stop: asyncio.Event,
     once: bool,
+    job: int | None = None,
     progress: Progress | None = None,
 ) -> Worker:
     """A worker for one time with the lease; its name says where it runs, and no restart repeats it."""
@@ -203,19 +207,21 @@ def _worker(
         owner=f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}",
         once=once,
         stop=stop,
+        job=job,
         progress=progress or (lambda watermark, latest: None),
     )
 
 
-class _Stop(asyncio.Event):
+class Stop(asyncio.Event):
     """Set by SIGTERM or SIGINT; `signal` says which."""
 
     signal: int | None = None
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    stop, loop = _Stop(), asyncio.get_running_loop()
+def stop_on_signals() -> Iterator[Stop]:
+    """An event that SIGTERM and SIGINT set."""
+    stop, loop = Stop(), asyncio.get_running_loop()
 
     def received(number: int) -> None:
         stop.signal = number
@@ -296,15 +302,39 @@ def study_status(options: settings.Settings, study_uid: str) -> dict[str, Json]:
 
 
 def failures(
-    options: settings.Settings, *, status: str | None, kind: str | None, study_uid: str | None
+    options: settings.Settings,
+    *,
+    status: str | None = None,
+    kind: str | None = None,
+    study_uid: str | None = None,
+    failure_id: int | None = None,
 ) -> list[dict[str, Json]]:
-    """Failure rows; without `status`, those that are not over."""
+    """Failure rows; those that are not over, unless `status` or an id is named."""
     with known(options) as (opened, feed):
         if feed is None:
             return []
-        statuses = (status,) if status else store.ATTENTION
-        rows = opened.failures(feed["id"], statuses=statuses, kind=kind, study_uid=study_uid)
+        statuses = (status,) if status else store.ATTENTION if failure_id is None else ()
+        rows = opened.failures(feed["id"], statuses=statuses, kind=kind, study_uid=study_uid, failure_id=failure_id)
     return [_public(row) for row in rows]
+
+
+def failures_summary(options: settings.Settings) -> list[dict[str, Json]]:
+    """Failures that are not over by kind: how many, of how many studies, since when, and what to do about them."""
+    by_kind: dict[str, list[dict[str, Json]]] = {}
+    for row in failures(options):
+        by_kind.setdefault(row["kind"], []).append(row)
+    return [
+        {
+            "kind": kind,
+            "failures": len(rows),
+            "instances": sum(row["instances"] for row in rows),
+            "studies": len({row["study_instance_uid"] for row in rows}),
+            "first_seen": min(row["first_seen"] for row in rows),
+            "last_seen": max(row["last_seen"] for row in rows),
+            "to_do": errors.kind(kind).to_do,
+        }
+        for kind, rows in sorted(by_kind.items(), key=lambda item: -len(item[1]))
+    ]
 
 
 FAILURE_FIELDS = (
@@ -324,6 +354,8 @@ FAILURE_FIELDS = (
     "last_seen",
     "next_retry",
     "resolution",
+    "instances",
+    "note",
 )
 """What is shown of a failure."""
 

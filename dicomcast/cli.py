@@ -13,8 +13,9 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,8 @@ from rich.console import Console
 
 import dicomcast
 from dicomcast import app as verbs
-from dicomcast import authoring, decimals, errors, mapping, settings
+from dicomcast import authoring, decimals, errors, mapping, operations, settings
+from dicomcast.dicom import values
 
 Json = Any
 
@@ -48,10 +50,14 @@ app = typer.Typer(
 )
 failures_app = typer.Typer(help="What failed, and why.", no_args_is_help=True)
 mappings_app = typer.Typer(help="Mapping modules and overlays, for those who write them.", no_args_is_help=True)
-db_app = typer.Typer(help="The state database's schema.", no_args_is_help=True)
+db_app = typer.Typer(help="The state database: its schema, and what may go.", no_args_is_help=True)
+state_app = typer.Typer(help="Where the change feed is: show, set and move it.", no_args_is_help=True)
+work_app = typer.Typer(help="Jobs of replay, verify and backfill that are not done with.", no_args_is_help=True)
 app.add_typer(failures_app, name="failures")
 app.add_typer(mappings_app, name="mappings")
 app.add_typer(db_app, name="db")
+app.add_typer(state_app, name="state")
+app.add_typer(work_app, name="work")
 
 
 class Format(StrEnum):
@@ -162,9 +168,13 @@ def run() -> int:
 @app.command()
 def status(
     study: Annotated[str | None, typer.Option(help="a Study Instance UID: what became of it")] = None,
+    max_lag: Annotated[
+        str | None, typer.Option("--max-lag", help="15m: exit code 1 where the worker is further behind than that")
+    ] = None,
     output: FormatOption = Format.TABLE,
 ) -> int:
     """Where the feed stands, or what became of one study."""
+    longest = _duration(max_lag, "--max-lag") if max_lag is not None else None
     options = _settings(unused=("fhir",))
     if study is not None:
         known = verbs.study_status(options, study)
@@ -183,7 +193,11 @@ def status(
         **{f"failures {kind}": count for kind, count in now["failures"]["by_kind"].items()},
         **{f"lease {name}": value for name, value in now["lease"].items()},
     }
-    _print(output, now, [flat], title="Status")
+    _print(output, now, [{name: value for name, value in flat.items() if name != "work"}], title="Status")
+    lag = now["feed"]["lag_seconds"]
+    if longest is not None and (lag is None or lag > longest):
+        _say("The feed was never read." if lag is None else f"The worker is {lag:.0f} s behind.")
+        return 1
     return 0
 
 
@@ -202,6 +216,297 @@ def failures_list(
     columns = _FAILURE_COLUMNS if output is Format.TABLE else verbs.FAILURE_FIELDS
     _print(output, rows, rows, title="Failures", columns=columns, empty="No failures.")
     return 0
+
+
+@failures_app.command("summary")
+def failures_summary(output: FormatOption = Format.TABLE) -> int:
+    """Count failures that are not over, by kind, and say what to do about them."""
+    rows = verbs.failures_summary(_settings(unused=("fhir",)))
+    _print(output, rows, rows, title="Failures", columns=tuple(rows[0]) if rows else (), empty="No failures.")
+    return 0
+
+
+@failures_app.command("show")
+def failures_show(
+    failure: Annotated[int, typer.Argument(help="id of the failure")], output: FormatOption = Format.TABLE
+) -> int:
+    """Show all that is known of one failure."""
+    rows = verbs.failures(_settings(unused=("fhir",)), failure_id=failure)
+    if not rows:
+        _say(f"There is no failure {failure}.")
+        return 1
+    _print(output, rows[0], rows, title=f"Failure {failure}")
+    return 0
+
+
+@failures_app.command("dismiss")
+def failures_dismiss(
+    reason: Annotated[str, typer.Option(help="why nobody will mend it; no patient data")],
+    ids: Annotated[list[int] | None, typer.Option("--id", help="id of a failure; may be repeated")] = None,
+    kind: Annotated[str | None, typer.Option(help="all of this kind")] = None,
+    study: Annotated[str | None, typer.Option(help="all of this Study Instance UID")] = None,
+) -> int:
+    """Close failures that nobody will mend. They stay closed while they fail for the same reason."""
+    if not (ids or kind or study):
+        raise typer.BadParameter("say which: --id, --kind or --study")
+    if not reason.strip():
+        raise typer.BadParameter("must say something", param_hint="--reason")
+    options = _settings(unused=("fhir",))
+    gone = operations.dismiss(options, ids=ids or (), kind=kind, study_uid=study, reason=reason)
+    _say(f"{len(gone)} dismissed.")
+    return 0 if gone else 1
+
+
+# Repair ---------------------------------------------------------------------------------------------------------------
+
+Rate = Annotated[float | None, typer.Option(min=0.01, help="studies a second at most")]
+AllowDeletes = Annotated[
+    int | None,
+    typer.Option("--allow-deletes", min=0, help="studies that may be taken out of FHIR; default: 20, or 5 %"),
+]
+Since = Annotated[str | None, typer.Option(help="30d, 12h, or a date or time")]
+
+
+@app.command()
+def replay(
+    *,
+    ids: Annotated[list[int] | None, typer.Option("--id", help="id of a failure; may be repeated")] = None,
+    study: Annotated[list[str] | None, typer.Option(help="a Study Instance UID; may be repeated")] = None,
+    series: Annotated[list[str] | None, typer.Option(help="a Series Instance UID; may be repeated")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="studies with failures of this kind; may be repeated")] = None,
+    since: Annotated[str | None, typer.Option(help="studies with failures seen since: 30d, 12h, or a date")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all studies with failures that are not over")] = False,
+    outdated: Annotated[bool, typer.Option("--outdated", help="studies that another mapping has written")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would change, and change nothing")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="no more studies than that")] = None,
+    rate: Rate = None,
+    allow_deletes: AllowDeletes = None,
+    output: FormatOption = Format.TABLE,
+) -> int:
+    """Read studies anew from the DICOM service and put FHIR right."""
+    if not (ids or study or series or kind or since or every or outdated):
+        raise typer.BadParameter("say which: --id, --study, --series, --kind, --since, --all or --outdated")
+    _moment(since)
+    _uids(study, "--study")
+    _uids(series, "--series")
+    selection = operations.Selection(
+        ids=tuple(ids or ()),
+        studies=tuple(study or ()),
+        series=tuple(series or ()),
+        kinds=tuple(kind or ()),
+        since=since,
+        everything=every,
+        outdated=outdated,
+        limit=limit,
+    )
+    limits = operations.Limits(per_second=rate, allow_deletes=allow_deletes)
+    return _job(partial(operations.replay, selection=selection, limits=limits, dry_run=dry_run), output, title="Replay")
+
+
+@app.command()
+def verify(
+    *,
+    study: Annotated[list[str] | None, typer.Option(help="a Study Instance UID; may be repeated")] = None,
+    since: Annotated[str | None, typer.Option(help="studies that changed since: 30d, 12h, or a date")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all studies of either service")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="reconcile what differs")] = False,
+    rate: Rate = None,
+    allow_deletes: AllowDeletes = None,
+    output: FormatOption = Format.TABLE,
+) -> int:
+    """Compare the DICOM service, the FHIR service and the database."""
+    if [bool(study), bool(since), every].count(True) != 1:
+        raise typer.BadParameter("say one of --study, --since and --all")
+    _moment(since)
+    _uids(study, "--study")
+    limits = operations.Limits(per_second=rate, allow_deletes=allow_deletes)
+    return _job(
+        partial(operations.verify, limits=limits, studies=study or (), since=since, repair=repair),
+        output,
+        title="Verify",
+    )
+
+
+@app.command()
+def backfill(
+    *,
+    first: Annotated[str | None, typer.Option("--from", help="studies of this StudyDate (YYYY-MM-DD) or later")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="up to this StudyDate; default: today")] = None,
+    file: Annotated[Path | None, typer.Option("--studies-file", help="Study Instance UIDs, one a line")] = None,
+    every: Annotated[bool, typer.Option("--all", help="all studies that the DICOM service has")] = False,
+    rate: Rate = None,
+    output: FormatOption = Format.TABLE,
+) -> int:
+    """Bring studies into FHIR that the change feed does not tell of."""
+    if [bool(first or last), bool(file), every].count(True) != 1 or (last and not first):
+        raise typer.BadParameter("say one of --from (with --to), --studies-file and --all")
+    dates = (_day(first, "--from"), _day(last, "--to") if last else datetime.now(UTC).date()) if first else None
+    if dates and dates[0] > dates[1]:
+        raise typer.BadParameter("is before --from", param_hint="--to")
+    limits = operations.Limits(per_second=rate)
+    return _job(partial(operations.backfill, limits=limits, dates=dates, file=file), output, title="Backfill")
+
+
+def _job(verb: Any, output: Format, *, title: str) -> int:
+    """Run a verb of `operations`, show what it did, and say how it ended."""
+    options = _settings(to_sync=True)
+    with _progress(title) as progress:
+        done = asyncio.run(operations.at_desk(options, verb, progress=progress))
+    counts = {name: value for name, value in done.document.items() if not isinstance(value, list)}
+    if output is Format.JSON:
+        _print(output, done.document, [], title=title)
+    elif output is Format.CSV and done.rows:
+        _print(output, None, done.rows, title=title, columns=_names(done.rows))
+    else:
+        if done.rows:
+            _print(output, None, done.rows, title="Studies", columns=_names(done.rows))
+        if counts:
+            _print(output, None, [counts], title=title)
+    if done.stopped:
+        _say("Stopped. The same command goes on where it was, and so does a worker.")
+        return 128 + done.stopped
+    return 1 if done.amiss else 0
+
+
+def _names(rows: Sequence[dict[str, Json]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+@work_app.command("list")
+def work_list(output: FormatOption = Format.TABLE) -> int:
+    """List jobs that still wait for a worker."""
+    rows = operations.waiting(_settings(unused=("fhir",)))
+    columns = ("id", "verb", "scope", "requested_by", "requested_at", "listed_at", "left", "held")
+    _print(output, rows, rows, title="Jobs", columns=columns, empty="No work waits.")
+    return 0
+
+
+@work_app.command("cancel")
+def work_cancel(job: Annotated[int, typer.Argument(help="id of the job")]) -> int:
+    """Give up what a job still waits for. What it has done stays done."""
+    given_up = operations.cancel(_settings(unused=("fhir",)), job)
+    _say(f"{given_up} studies are not waited for any more.")
+    return 0
+
+
+@state_app.command("show")
+def state_show(output: FormatOption = Format.TABLE) -> int:
+    """Show where the change feed is."""
+    options = _settings(unused=("fhir",))
+    found = operations.position(options)
+    document = found.model_dump() if found else {"feed": options.feed_name, "watermark": None}
+    _print(output, document, [document], title="Position")
+    return 0
+
+
+@state_app.command("set")
+def state_set(
+    watermark: Annotated[int, typer.Option(min=0, help="entries above this sequence are read next")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> int:
+    """Put the change feed to another sequence. Stop the worker first."""
+    options = _settings(unused=("fhir",))
+    try:
+        before = operations.position(options)
+    except errors.Incompatible as unreadable:
+        _say(str(unreadable))
+        before = None
+    at = before.watermark if before else None
+    what = "be taken up there"
+    if at is not None:
+        what = f"read {watermark + 1} to {at} again" if watermark < at else f"skip {at + 1} to {watermark}"
+    _confirm(f"The feed {options.feed_name} is to {what}.", yes=yes)
+    wanted = operations.Position(
+        feed=options.feed_name,
+        url=options.dicom.url,
+        first=min(before.first if before else watermark, watermark),
+        watermark=watermark,
+        latest=max(before.latest if before else 0, watermark),
+        gaps=[one for one in before.gaps if one <= watermark] if before else [],
+    )
+    operations.set_position(options, wanted, action="state set")
+    _say(f"The feed is at {watermark}.")
+    return 0
+
+
+@state_app.command("export")
+def state_export() -> int:
+    """Print the change feed's position as JSON, for `state import`."""
+    found = operations.position(_settings(unused=("fhir",)))
+    if found is None:
+        _say("The feed was never begun: there is no position.")
+        return 1
+    sys.stdout.write(found.model_dump_json(indent=2) + "\n")
+    return 0
+
+
+@state_app.command("import")
+def state_import(
+    file: Annotated[str, typer.Argument(help="what `state export` printed, or - for stdin")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> int:
+    """Take over a position that `state export` printed, of this feed. Stop the worker first."""
+    options = _settings(unused=("fhir",))
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise errors.Misconfigured([f"{file}: can't be read ({type(unreadable).__name__})"]) from None
+    wanted = operations.read_exported(text)
+    if wanted.feed != options.feed_name:
+        message = f"the position is of the feed {wanted.feed}, this one is {options.feed_name} (dicom.feed)"
+        raise errors.Misconfigured([message])
+    _confirm(f"The feed {options.feed_name} is to go on at {wanted.watermark}.", yes=yes)
+    operations.set_position(options, wanted, action="state import")
+    _say(f"The feed is at {wanted.watermark}.")
+    return 0
+
+
+@state_app.command("audit")
+def state_audit(
+    limit: Annotated[int, typer.Option(min=1, help="so many")] = 50, output: FormatOption = Format.TABLE
+) -> int:
+    """Show what operators did, the latest first."""
+    rows = operations.audited(_settings(unused=("fhir",)), limit=limit)
+    _print(output, rows, rows, title="Audit", columns=("at", "who", "action", "detail"))
+    return 0
+
+
+def _confirm(what: str, *, yes: bool) -> None:
+    """Ask, unless told not to; nobody there to be asked is a usage error."""
+    _say(what)
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("say --yes where nobody can be asked", param_hint="--yes")
+    if not typer.confirm("Go on?", err=True):
+        raise typer.Exit(1)
+
+
+def _moment(text: str | None) -> datetime | None:
+    try:
+        return settings.moment(text, datetime.now(UTC)) if text is not None else None
+    except ValueError as wrong:
+        raise typer.BadParameter(str(wrong), param_hint="--since") from None
+
+
+def _duration(text: str, option: str) -> float:
+    try:
+        return settings.duration(text)
+    except ValueError as wrong:
+        raise typer.BadParameter(str(wrong), param_hint=option) from None
+
+
+def _day(text: str, option: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter("must be a date such as 2026-01-31", param_hint=option) from None
+
+
+def _uids(texts: Sequence[str] | None, option: str) -> None:
+    for text in texts or ():
+        if not values.is_uid(text):
+            raise typer.BadParameter(f"{text} is no UID", param_hint=option)
 
 
 # Mapping --------------------------------------------------------------------------------------------------------------
@@ -352,6 +657,18 @@ def db_current(output: FormatOption = Format.TABLE) -> int:
     return 0
 
 
+@db_app.command("prune")
+def db_prune(
+    older_than: Annotated[str, typer.Option("--older-than", help="90d, 2w, or a date")],
+) -> int:
+    """Remove what has long been over: flushes (their hourly sums stay), resolved failures, finished work."""
+    before = _moment(older_than)
+    assert before is not None
+    gone = operations.prune(_settings(unused=("fhir",)), before=before)
+    _say("Removed: " + ", ".join(f"{count} rows of {name}" for name, count in gone.items()) + ".")
+    return 0
+
+
 # The sandbox ----------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +753,7 @@ def _print(
     elif output is Format.CSV:
         writer = csv.DictWriter(sys.stdout, fieldnames=names, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({name: _cell(row[name]) for name in names} for row in rows)
+        writer.writerows({name: _cell(row.get(name)) for name in names} for row in rows)
     elif not rows:
         _stdout().print(empty)
     elif len(rows) == 1 and not columns:
@@ -449,13 +766,15 @@ def _print(
         for name in names:
             table.add_column(name.replace("_", " "), overflow="fold")  # a UID that is cut is of no use
         for row in rows:
-            table.add_row(*(rich.text.Text(_cell(row[name])) for name in names))  # not as markup
+            table.add_row(*(rich.text.Text(_cell(row.get(name))) for name in names))  # not as markup
         _stdout().print(table)
 
 
 def _cell(value: Json) -> str:
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value))
     return "" if value is None else str(value)
 
 

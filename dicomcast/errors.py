@@ -16,6 +16,7 @@ Error
 │   ├── Disagreement             a fold can't decide; reconcile can
 │   └── OutcomeUnknown           a write may or may not have happened (timeout, 5xx, reset)
 ├── Rejected                     the FHIR service refuses the content (400, 404, 410, 422)
+├── Held                         a job would delete too much: it waits for an operator
 ├── StudyFailed                  this study is parked with a failure row
 └── InstanceFailed               this instance is parked with a failure row, its siblings go on
 
@@ -23,6 +24,7 @@ No message holds an attribute value: UIDs, tags, VRs, rule names, lengths and st
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -120,6 +122,14 @@ class Rejected(Error):
         self.code = code
 
 
+class Held(Error):
+    """A job would take more studies out of FHIR than anybody has allowed; what is left of it waits."""
+
+    def __init__(self, job_id: int, reason: str):
+        super().__init__(reason)
+        self.job_id = job_id
+
+
 class _Parked(Error):
     """What a failure row is made of: `kind` (stable word), `stage`, `rule` and `tag` where there is one, a message."""
 
@@ -137,3 +147,58 @@ class StudyFailed(_Parked):
 
 class InstanceFailed(_Parked):
     """One instance can't be mapped; its siblings can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of failure: what it is about, whether it may heal by itself (and is tried again), and what to do."""
+
+    about: str
+    heals: bool
+    to_do: str
+
+
+_CORRECT = "correct the attribute that `tag` names in the archive"
+_LOOK = "look at the service that `stage` names (`read`: DICOM, `write`: FHIR)"
+
+KINDS: dict[str, Kind] = {
+    "patient-id-missing": Kind("instance", False, "give it a PatientID in the archive; it is then synced by itself"),
+    "uid-missing": Kind("instance", False, _CORRECT),
+    "uid-invalid": Kind("instance", False, _CORRECT),
+    "sop-class-missing": Kind("instance", False, _CORRECT),
+    "value-invalid": Kind("instance", False, _CORRECT),
+    "modality-missing": Kind("instance", False, _CORRECT),
+    "invalid": Kind(
+        "instance or study",
+        False,
+        "the rule that `rule` names made what FHIR does not allow: correct it and replay, or correct the attributes",
+    ),
+    "metadata-missing": Kind(
+        "instance", False, "the archive announced it but has no metadata of it: store it again, or delete it"
+    ),
+    "metadata-refused": Kind(
+        "study", True, "the archive refuses to give its metadata (406 and the like): see to it there"
+    ),
+    "malformed-entry": Kind(
+        "change feed entry", False, "tell whoever runs the DICOM service; look at its study with `verify --study`"
+    ),
+    "unknown-action": Kind(
+        "change feed entry", False, "tell whoever runs the DICOM service; look at its study with `verify --study`"
+    ),
+    "partition": Kind("change feed entry", False, "another data partition's: run a worker for it, or dismiss it"),
+    "patient-unknown": Kind("study", True, "policy `lookup`: create the Patient"),
+    "ambiguous": Kind("study", True, "several resources carry one identifier: merge them"),
+    "rejected": Kind("study", True, "the FHIR service refuses the resource; its rules may be stricter than R4's"),
+    "denied": Kind("study", True, "a service answers 403 for this study alone: see to the rights on it"),
+    "conflict": Kind("study", True, _LOOK),
+    "server-error": Kind("study", True, _LOOK),
+    "internal": Kind("study", True, "a bug: report the place that the message names"),
+}
+"""Every kind of failure but those that a site's own rules name (`missing` of a required rule)."""
+
+
+def kind(name: str) -> Kind:
+    """What is known of a kind of failure."""
+    return KINDS.get(name) or Kind(
+        "instance", False, "the rule that `rule` names found nothing: correct it, or the data"
+    )

@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
@@ -32,6 +32,7 @@ _NO_PATIENT_SYSTEM = (
 )
 _NOT_SETTINGS = re.compile(r"DICOMCAST_(CONFIG$|TEST_)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_AGO = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 def _seconds(value: object) -> object:
@@ -39,6 +40,32 @@ def _seconds(value: object) -> object:
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|m|h)?\s*", value)):
         return float(match[1]) * _UNITS[match[2] or "s"]
     return value
+
+
+def moment(text: str, now: datetime) -> datetime:
+    """Read `15m`, `12h`, `30d` or `2w` as so long before `now`, else an ISO 8601 date or time; UTC-aware.
+
+    Without a zone it is UTC. Raises `ValueError` in words for whoever typed it.
+    """
+    text = text.strip()
+    try:
+        if match := re.fullmatch(r"(\d+)([mhdw])", text):
+            return now - timedelta(**{_AGO[match[2]]: int(match[1])})
+        found = datetime.fromisoformat(text)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"{text!r} is neither how long ago (15m, 12h, 30d, 2w) nor a date or time "
+            "(2026-01-31, 2026-01-31T12:00, 2026-01-31T12:00:00+01:00; UTC where it has no zone)"
+        ) from None
+
+
+def duration(text: str) -> float:
+    """Seconds of `30`, `30s`, `15m` or `2h`. Raises `ValueError`."""
+    try:
+        return float(str(_seconds(text)))
+    except ValueError:
+        raise ValueError(f"{text!r} is no length of time (30s, 15m, 2h)") from None
 
 
 def _base_url(value: str) -> str:

@@ -18,7 +18,7 @@ from alembic import autogenerate
 from alembic.runtime.migration import MigrationContext
 
 from dicomcast import errors
-from dicomcast.state import schema, store, tables
+from dicomcast.state import operators, schema, store, tables
 
 FEED = "http://dicom.test"
 START = store.Position(0, 0, 0, None)
@@ -570,23 +570,77 @@ def test_reconcile_resolves_all_failures_of_its_study_but_those_it_met(
     ]
 
 
-def test_failure_after_its_resolution_is_a_new_row(state: store.Store, lease: store.Lease) -> None:
+def test_failure_after_its_resolution_is_its_row_opened_again(state: store.Store, lease: store.Lease) -> None:
     commit(state, lease, failures=[a_failure()])
     commit(state, lease, reconciled={"1.2.3": ("deleted", 9)})
 
     assert commit(state, lease, failures=[a_failure()]) == 1
     assert rows(state, lease, "status", "resolution", "attempts", statuses=["open", "resolved"]) == [
-        ("resolved", "deleted", 1),
         ("open", None, 1),
     ]
 
 
 def test_thousands_of_failures_stay_and_go_in_one_commit(state: store.Store, lease: store.Lease) -> None:
-    many = [a_failure(sop_instance_uid=f"1.2.3.1.{at}") for at in range(600)]
+    many = [a_failure(sop_instance_uid=f"1.2.3.1.{at}", rule=f"rule.{at}") for at in range(600)]
     commit(state, lease, failures=many)
     commit(state, lease, failures=many[1:-1], reconciled={"1.2.3": ("mapped", 9)})
 
     assert (len(state.failures(lease.feed_id)), len(state.failures(lease.feed_id, statuses=["resolved"]))) == (598, 2)
+
+
+def alike(count: int, **changes: Any) -> list[store.Failure]:
+    return [a_failure(sop_instance_uid=f"1.2.3.1.{at}", sequence=at + 1, **changes) for at in range(count)]
+
+
+def test_from_twenty_alike_on_a_study_has_one_row_that_counts_them(state: store.Store, lease: store.Lease) -> None:
+    commit(state, lease, failures=[*alike(20), a_failure(rule="other.rule", sop_instance_uid="1.2.3.2.1")])
+
+    assert rows(state, lease, "rule", "instances", "sop_instance_uid", "sequence") == [
+        ("study.started", 20, None, 20),
+        ("other.rule", 1, "1.2.3.2.1", 7),
+    ]
+
+
+def test_single_rows_become_the_one_that_counts_them_and_are_not_called_resolved(
+    state: store.Store, lease: store.Lease
+) -> None:
+    commit(state, lease, failures=alike(19))
+    commit(state, lease, failures=alike(30), reconciled={"1.2.3": ("mapped", 99)})
+    commit(state, lease, failures=alike(25), reconciled={"1.2.3": ("mapped", 99)})
+
+    assert rows(state, lease, "instances", "attempts", statuses=[]) == [(25, 2)]
+
+
+def test_row_that_counts_is_resolved_where_fewer_fail(state: store.Store, lease: store.Lease) -> None:
+    commit(state, lease, failures=alike(20))
+    commit(state, lease, failures=alike(2), reconciled={"1.2.3": ("mapped", 99)})
+
+    assert rows(state, lease, "status", "instances", statuses=[]) == [("resolved", 20), ("open", 1), ("open", 1)]
+
+
+def test_dismissed_failure_stays_so_while_it_fails_for_the_same_reason(
+    state: store.Store, lease: store.Lease, clock: virtual.Clock
+) -> None:
+    commit(state, lease, failures=[a_failure()])
+    (row,) = state.failures(lease.feed_id)
+    operators.dismiss(state, lease.feed_id, ids=[row["id"]], reason="phantom", who="me", now=clock.now())
+
+    again = commit(state, lease, failures=[a_failure()])
+    during = rows(state, lease, "status", "note", "attempts", statuses=[])
+    other = commit(state, lease, failures=[a_failure(tag="00080030")])
+
+    assert (again, during) == (0, [("dismissed", "phantom", 2)])
+    assert (other, rows(state, lease, "status", "note", statuses=[])) == (1, [("open", None)])
+
+
+def test_dismissed_failure_is_resolved_where_its_study_is_mapped(
+    state: store.Store, lease: store.Lease, clock: virtual.Clock
+) -> None:
+    commit(state, lease, failures=[a_failure()])
+    operators.dismiss(state, lease.feed_id, kind="invalid-value", reason="no", who="me", now=clock.now())
+    commit(state, lease, reconciled={"1.2.3": ("mapped", 99)})
+
+    assert rows(state, lease, "status", "resolution", statuses=[]) == [("resolved", "mapped")]
 
 
 def test_failures_are_found_by_status_kind_and_study(state: store.Store, lease: store.Lease) -> None:

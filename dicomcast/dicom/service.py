@@ -7,16 +7,19 @@ entries than that, and an empty page is not the end.
 
 import re
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import date, datetime
 
 import orjson
 
 from dicomcast import errors, wire
-from dicomcast.dicom import feed
-from dicomcast.dicom.values import DataSet
+from dicomcast.dicom import feed, values
+from dicomcast.dicom.values import DataSet, Json
 
 PAGE = 100
 """Sequence numbers per page: the most that v1 allows."""
+
+_SEARCHED = 200
+"""Studies per page of a search: the most that the service allows."""
 
 _FEED = {"Accept": "application/json"}
 _DICOM_JSON = {"Accept": "application/dicom+json"}
@@ -127,15 +130,39 @@ class DicomService:
 
     async def lists(self, study_uid: str) -> bool:
         """Whether QIDO-RS finds the study: the second witness of a study that is gone."""
-        params: dict[str, str | int] = {"StudyInstanceUID": study_uid, "limit": 1}
-        response = await self._read(f"{self._root}/studies", params=params, headers=_DICOM_JSON)
+        return bool(await self._found("studies", {"StudyInstanceUID": study_uid, "limit": 1}))
+
+    async def studies(self, *, offset: int = 0, dates: tuple[date, date] | None = None) -> AsyncIterator[list[str]]:
+        """Study Instance UIDs that QIDO-RS finds, page by page, newest first; with `dates` of these days only.
+
+        Pages overlap a little: a study that is deleted meanwhile moves those behind it forward.
+        """
+        days = {"StudyDate": f"{dates[0]:%Y%m%d}-{dates[1]:%Y%m%d}"} if dates else {}
+        before: list[str] = []
+        while True:
+            found = await self._found("studies", {**days, "limit": _SEARCHED, "offset": offset})
+            page = [uid for uid in (values.uid_in(one, "0020000D") for one in found) if uid]
+            if not page:
+                return
+            if page == before:
+                raise errors.Unavailable("dicom", "a search answers every offset with the same page")
+            yield page
+            before, offset = page, offset + len(found) - len(found) // 10
+
+    async def study_of(self, series_uid: str) -> str | None:
+        """The study that a series belongs to, by QIDO-RS."""
+        found = await self._found("series", {"SeriesInstanceUID": series_uid, "limit": 1})
+        return next((uid for uid in (values.uid_in(one, "0020000D") for one in found) if uid), None)
+
+    async def _found(self, level: str, params: dict[str, str | int]) -> list[Json]:
+        response = await self._read(f"{self._root}/{level}", params=params, headers=_DICOM_JSON)
         try:
             found = orjson.loads(response.content) if response.content.strip() else []
         except orjson.JSONDecodeError:
             raise errors.Unavailable("dicom", "a search answer is not JSON") from None
         if not isinstance(found, list):
             raise errors.Unavailable("dicom", "a search answer is not a list")
-        return bool(found)
+        return found
 
     async def _read(self, path: str, *, params: dict[str, str | int], headers: dict[str, str]) -> wire.Response:
         """Nothing that we ask of a DICOM service is rightly refused: a wrong address, or a gateway in between."""

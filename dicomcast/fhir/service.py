@@ -5,7 +5,8 @@ transaction's `etag`, lists no `batch` and no `updateCreate` though it has both,
 minute unless told `no-cache`; Azure refuses strong ETags. References: Azure `microsoft/fhir-server`, HAPI 8.8.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlencode, urlsplit, urlunsplit
@@ -112,6 +113,13 @@ class FhirService:
             except errors.Troubled:
                 pass  # it may work one by one, and in a batch the next time
         return [found[query] if query in found else await self._search_alone(query) for query in queries]
+
+    async def each(self, query: Query) -> AsyncIterator[list[Held]]:
+        """Hits of a search however many they are, page by page. Raises `Conflict` where its pages expire meanwhile."""
+        path = f"/{query.type}?{urlencode(query.parameters)}"
+        response = await self._service.read("GET", path, headers=_READ)
+        async for page in self._pages(query, _json(response.content)):
+            yield page
 
     async def read(self, resource_type: str, resource_id: str) -> Held | None:
         """The present version; None where it never was (404) or is deleted (410)."""
@@ -223,20 +231,32 @@ class FhirService:
     async def _hits(self, query: Query, bundle: Json) -> list[Held]:
         """All pages of a searchset, each resource once."""
         hits: dict[str, Held] = {}
-        for _ in range(_PAGES):
-            for entry in bundle.get("entry") or ():
-                resource = entry.get("resource") or {}
-                if resource.get("resourceType") == query.type and isinstance(resource.get("id"), str):
-                    hits[resource["id"]] = resources.held(resource)
+        left = _PAGES
+        async with aclosing(self._pages(query, bundle)) as pages:
+            async for page in pages:
+                hits |= {one.id: one for one in page}
+                left -= 1
+                if not left:
+                    break
+        return list(hits.values())
+
+    async def _pages(self, query: Query, bundle: Json) -> AsyncGenerator[list[Held], None]:
+        """What a searchset holds of the type that was asked for, page by page."""
+        while True:
+            found = (entry.get("resource") or {} for entry in bundle.get("entry") or ())
+            yield [
+                resources.held(one)
+                for one in found
+                if one.get("resourceType") == query.type and isinstance(one.get("id"), str)
+            ]
             following = [link.get("url") for link in bundle.get("link") or () if link.get("relation") == "next"]
             if not following:
-                break
+                return
             try:
                 response = await self._service.read("GET", self._ours(following[0]), headers=_READ)
             except errors.Rejected:
                 raise errors.Conflict("fhir: the pages of a search are gone") from None
             bundle = _json(response.content)
-        return list(hits.values())
 
     def _ours(self, url: str) -> str:
         """A link of the service under the address that we use: behind a gateway it names itself otherwise."""

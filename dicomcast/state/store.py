@@ -9,7 +9,7 @@ import contextlib
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,9 @@ _RETRY_PAUSES = (60, 300, 1800, 7200, 21600)
 _SUMS = ("flushes", "entries", "seconds", "lag_seconds")
 _LAGS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 86_400, 604_800)
 """Seconds: the steps in which lags are counted."""
+
+_ALIKE = 20
+"""Instances of a study that failed alike, from which on they are one row."""
 
 ATTENTION = ("open", "retrying")
 """Statuses of failures that are not over."""
@@ -99,6 +102,25 @@ class Failure:
     rule: str | None = None
     tag: str | None = None
     heals: bool = False
+    instances: int = 1
+
+
+def gathered(failures: Iterable[Failure]) -> list[Failure]:
+    """The same, where many instances of a study that failed alike have become one failure of the study."""
+    alike: dict[tuple[str | None, ...], list[Failure]] = {}
+    for one in failures:
+        whose = one.sop_instance_uid if one.kind == "partition" or one.study_instance_uid is None else None
+        about = (one.study_instance_uid, one.kind, one.stage, one.rule, one.tag, whose)
+        alike.setdefault(about, []).append(one)
+    found: list[Failure] = []
+    for group in alike.values():
+        if len(group) < _ALIKE:
+            found += group
+            continue
+        newest = max((one.sequence or 0 for one in group), default=0) or None
+        whole = replace(group[-1], series_instance_uid=None, sop_instance_uid=None)
+        found.append(replace(whole, sequence=newest, instances=len(group)))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +159,10 @@ class Effects:
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
     flushes: list[Flush] = field(default_factory=list)
+    worked: dict[int, str] = field(default_factory=dict)
+    """Work that is done, by id, and how it came out."""
+    again: dict[str, datetime] = field(default_factory=dict)
+    """Studies that must be looked at once more, and not before when."""
 
     def reconcile(self, study_uid: str, resolution: str, *, cut: int) -> None:
         """A reconcile has the last word on a study: what was noted before is over. Other partitions are no study's."""
@@ -160,6 +186,8 @@ class Effects:
         self.missed |= later.missed
         self.closed_gaps |= later.closed_gaps
         self.flushes += later.flushes
+        self.worked |= later.worked
+        self.again |= later.again
 
 
 class Store:
@@ -181,7 +209,7 @@ class Store:
 
     def open(self) -> None:
         """Make an empty database's tables. Raises `Incompatible` for a schema that is behind or ahead of us."""
-        with self._transaction(alone=True) as connection:
+        with self.transaction(alone=True) as connection:
             schema.prepare(connection)
 
     def exists(self) -> bool:
@@ -189,7 +217,7 @@ class Store:
         file = self._engine.url.database
         if self._engine.dialect.name == "sqlite" and not (file and Path(file).exists()):
             return False
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             if schema.current(connection) is None:
                 return False
             schema.prepare(connection)
@@ -197,26 +225,34 @@ class Store:
 
     def upgrade(self) -> tuple[str | None, str]:
         """Bring the schema up to this version: revision before and after."""
-        with self._transaction(alone=True) as connection:
+        with self.transaction(alone=True) as connection:
             return schema.upgrade(connection)
 
     def revision(self) -> tuple[str | None, str]:
         """Revision of the database's schema, and the one that this version needs."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return schema.current(connection), schema.newest()
 
     def close(self) -> None:
         """Drop all connections."""
         self._engine.dispose()
 
+    def know(self, feed: str, *, url: str) -> int:
+        """The feed's id; the database now knows it."""
+        table = tables.feed
+        new = {"name": feed, "url": url, "latest": 0, "token": 0}
+        with self.transaction(alone=True) as connection:
+            connection.execute(self.insert(table).values(new).on_conflict_do_nothing(index_elements=["name"]))
+            known: int = connection.execute(sa.select(table.c.id).where(table.c.name == feed)).scalar_one()
+        return known
+
     # The lease ------------------------------------------------------------------------------------------------------
 
     def acquire(self, feed: str, *, url: str, owner: str, seconds: float) -> Lease:
         """Take the lease of a feed, which is made known to the database if need be. Raises `LeaseHeld`."""
         table = tables.feed
-        with self._transaction() as connection:
-            new = {"name": feed, "url": url, "latest": 0, "token": 0}
-            connection.execute(self._insert(table).values(new).on_conflict_do_nothing(index_elements=["name"]))
+        self.know(feed, url=url)
+        with self.transaction(alone=True) as connection:
             now = self._now(connection)
             before = connection.execute(sa.select(table.c.lease_owner).where(table.c.name == feed)).scalar_one()
             free = sa.or_(table.c.lease_owner.is_(None), table.c.lease_owner == owner, table.c.lease_until < now)
@@ -234,31 +270,44 @@ class Store:
 
     def renew(self, lease: Lease, *, seconds: float) -> None:
         """Hold the lease for `seconds` from now. Raises `LeaseLost`."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             until = self._now(connection) + timedelta(seconds=seconds)
-            self._fenced(connection, lease, lease_until=until)
+            self.fenced(connection, lease, lease_until=until)
 
     def release(self, lease: Lease) -> None:
         """Free the lease at once; nothing happens where it is lost already."""
         table = tables.feed
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             mine = (table.c.id == lease.feed_id, table.c.token == lease.token)
             connection.execute(sa.update(table).where(*mine).values(lease_owner=None, lease_until=None))
 
     # What the worker reads ------------------------------------------------------------------------------------------
 
     def position(self, lease: Lease) -> Position | None:
-        """Where the feed is; None where it was never begun."""
-        with self._transaction() as connection:
+        """Where the feed is; None where it was never begun. Raises `Incompatible` where that can't be read."""
+        with self.transaction() as connection:
             row = connection.execute(sa.select(tables.feed).where(tables.feed.c.id == lease.feed_id)).one()
-        if row.watermark is None:
-            return None
+            return self.read_position(connection, row)
+
+    def read_position(self, connection: sa.Connection, row: Any) -> Position | None:
+        """What a feed's row says. Only one that says nothing, and of which no study was synced, was never begun."""
+        study = tables.study.c
+        if row.first is None and row.watermark is None:
+            read = sa.select(study.feed_id).where(study.feed_id == row.id, study.last_sequence > 0).limit(1)
+            if connection.execute(read).first() is None:
+                return None
+        numbers = (row.first, row.watermark, row.latest)
+        if not all(isinstance(one, int) and one >= 0 for one in numbers) or row.first > row.watermark:
+            raise errors.Incompatible(
+                f"the position of the feed {row.name} in the database can't be read: it is not taken for zero; "
+                "say where the feed is with `dicomcast state set --watermark N`, or `dicomcast state import`"
+            )
         mark = (row.mark_study_uid, row.mark_sop_uid, row.mark_timestamp) if row.mark_sop_uid else None
         return Position(row.first, row.watermark, row.latest, mark)
 
     def gaps(self, lease: Lease) -> dict[int, datetime]:
         """Sequences that may still come, and since when they are missed."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(
                 sa.select(tables.gap.c.sequence, tables.gap.c.first_missed)
                 .where(tables.gap.c.feed_id == lease.feed_id)
@@ -270,7 +319,7 @@ class Store:
         """Of each study its row, and whether it has failures that are not over."""
         table, failure = tables.study, tables.failure
         found: dict[str, tuple[Study | None, bool]] = dict.fromkeys(uids, (None, False))
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             for some in _chunks(sorted(uids), 500):
                 rows = connection.execute(
                     sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.study_instance_uid.in_(some))
@@ -290,7 +339,7 @@ class Store:
     def patient(self, lease: Lease, fhir_id: str) -> Patient | None:
         """The Patient's row."""
         table = tables.patient
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(
                 sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.fhir_id == fhir_id)
             ).first()
@@ -299,7 +348,7 @@ class Store:
     def due(self, lease: Lease, *, limit: int = 100) -> list[str]:
         """Studies with a failure whose next retry has come, the longest waiting first."""
         table = tables.failure
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(
                 sa.select(table.c.study_instance_uid)
                 .where(
@@ -330,7 +379,7 @@ class Store:
         `trouble`: what the worker waits for; `seen_at`: when the feed's newest entry was asked for. Raises `LeaseLost`.
         """
         now = self._clock.now()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             values: Row = {
                 "first": position.first,
                 "watermark": position.watermark,
@@ -341,7 +390,7 @@ class Store:
             values |= dict(zip(("mark_study_uid", "mark_sop_uid", "mark_timestamp"), mark, strict=True))
             values |= {"current_at": now} if position.watermark >= position.latest else {}
             values |= {"seen_at": seen_at} if seen_at else {}
-            self._fenced(connection, lease, **values)
+            self.fenced(connection, lease, **values)
             feed_id = lease.feed_id
             self._upsert(connection, tables.study, feed_id, effects.studies.values())
             self._upsert(connection, tables.patient, feed_id, effects.patients.values())
@@ -349,48 +398,64 @@ class Store:
             self._commit_issues(connection, feed_id, effects)
             self._commit_gaps(connection, feed_id, effects)
             self._commit_flushes(connection, feed_id, effects.flushes)
+            self._commit_work(connection, feed_id, effects, now)
         return opened
 
     def _commit_failures(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> int:
+        """One row for each study or instance, stage and kind, for good: what is resolved and fails again is reopened.
+
+        What an operator has dismissed stays so while it fails for the same reason.
+        """
         table = tables.failure
         opened = 0
         kept: set[int] = set()
-        for failure in effects.failures:
-            known = self._open_failure(connection, feed_id, failure)
-            # Another change of the study is no retry: only an attempt whose time had come stretches the pause.
-            early = known is not None and known.next_retry is not None and known.next_retry > now
-            attempts = known.attempts + (not early) if known else 1
-            values = asdict(failure)
-            pause = timedelta(seconds=_RETRY_PAUSES[min(attempts, len(_RETRY_PAUSES)) - 1])
-            due = known.next_retry if early else now + pause
-            values |= {"attempts": attempts, "last_seen": now, "next_retry": due if values.pop("heals") else None}
-            values["status"] = "retrying" if values["next_retry"] else "open"
+        failures = gathered(effects.failures)
+        for failure in failures:
+            known = self._known_failure(connection, feed_id, failure)
+            values = asdict(failure) | {"last_seen": now, "resolution": None, "note": None}
+            heals = values.pop("heals")
+            open_before = known is not None and known.status in ATTENTION
+            if known and known.status == "dismissed" and (known.rule, known.tag) == (failure.rule, failure.tag):
+                values |= {"status": "dismissed", "attempts": known.attempts + 1, "next_retry": None}
+                values |= {"resolution": known.resolution, "note": known.note}
+            else:
+                # Another change of the study is no retry: only an attempt whose time had come stretches the pause.
+                early = open_before and known.next_retry is not None and known.next_retry > now
+                attempts = known.attempts + (not early) if open_before else 1
+                pause = timedelta(seconds=_RETRY_PAUSES[min(attempts, len(_RETRY_PAUSES)) - 1])
+                due = (known.next_retry if early else now + pause) if heals else None
+                values |= {"attempts": attempts, "next_retry": due, "status": "retrying" if due else "open"}
+                opened += not open_before
             if known:
                 connection.execute(sa.update(table).where(table.c.id == known.id).values(values))
                 kept.add(known.id)
             else:
                 inserted = connection.execute(sa.insert(table).values(feed_id=feed_id, first_seen=now, **values))
                 kept.add((inserted.inserted_primary_key or (0,))[0])
-                opened += 1
+        many = {
+            (one.study_instance_uid, one.kind, one.stage, one.rule, one.tag) for one in failures if one.instances > 1
+        }
         for study_uid, (resolution, cut) in effects.reconciled.items():
-            of_study = sa.select(table.c.id).where(
+            of_study = sa.select(table.c.id, table.c.kind, table.c.stage, table.c.rule, table.c.tag).where(
                 table.c.feed_id == feed_id,
                 table.c.study_instance_uid == study_uid,
-                table.c.status.in_(ATTENTION),
+                table.c.status != "resolved",
                 table.c.kind != "partition",
                 sa.or_(table.c.sequence.is_(None), table.c.sequence <= cut),
             )
-            over = sorted({row.id for row in connection.execute(of_study)} - kept)
+            over = [row for row in connection.execute(of_study) if row.id not in kept]
+            counted = {row.id for row in over if (study_uid, row.kind, row.stage, row.rule, row.tag) in many}
             resolved = {"status": "resolved", "resolution": resolution, "last_seen": now, "next_retry": None}
-            for some in _chunks(over, 500):
+            for some in _chunks(sorted(counted), 500):
+                connection.execute(sa.delete(table).where(table.c.id.in_(some)))
+            for some in _chunks(sorted({row.id for row in over} - counted), 500):
                 connection.execute(sa.update(table).where(table.c.id.in_(some)).values(resolved))
         return opened
 
-    def _open_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
+    def _known_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
         table = tables.failure
         alike = [
             table.c.feed_id == feed_id,
-            table.c.status.in_(ATTENTION),
             table.c.kind == failure.kind,
             table.c.stage == failure.stage,
             table.c.study_instance_uid.is_not_distinct_from(failure.study_instance_uid),
@@ -399,7 +464,12 @@ class Store:
         ]
         if failure.study_instance_uid is None or failure.kind == "partition":
             alike.append(table.c.sequence == failure.sequence)
-        return connection.execute(sa.select(table.c.id, table.c.attempts, table.c.next_retry).where(*alike)).first()
+        if failure.instances > 1:
+            alike += [table.c.rule.is_not_distinct_from(failure.rule), table.c.tag.is_not_distinct_from(failure.tag)]
+            alike.append(table.c.instances > 1)
+        elif failure.sop_instance_uid is None:
+            alike.append(table.c.instances == 1)
+        return connection.execute(sa.select(table).where(*alike)).first()
 
     def _commit_issues(self, connection: sa.Connection, feed_id: int, effects: Effects) -> None:
         table = tables.issue
@@ -414,7 +484,7 @@ class Store:
             for key, count in counts.items()
         ]
         if rows:
-            insert = self._insert(table)
+            insert = self.insert(table)
             more = {"count": table.c.count + insert.excluded.count}
             connection.execute(insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=more), rows)
 
@@ -426,9 +496,21 @@ class Store:
             if sequence not in effects.closed_gaps
         ]
         if rows:
-            connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
+            connection.execute(self.insert(table).on_conflict_do_nothing(), rows)
         for some in _chunks(sorted(effects.closed_gaps), 500):
             connection.execute(sa.delete(table).where(table.c.feed_id == feed_id, table.c.sequence.in_(some)))
+
+    def _commit_work(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> None:
+        table = tables.work
+        if effects.worked:
+            done = sa.update(table).where(table.c.id == sa.bindparam("which"))
+            values = {"state": "done", "result": sa.bindparam("outcome"), "finished_at": now}
+            results = [{"which": work_id, "outcome": result} for work_id, result in effects.worked.items()]
+            connection.execute(done.values(values), results)
+        if effects.again:
+            fixed = {"feed_id": feed_id, "reason": "in doubt", "state": "waiting", "priority": 0}
+            rows = [{**fixed, "study_instance_uid": uid, "due_at": due} for uid, due in effects.again.items()]
+            connection.execute(sa.insert(table), rows)
 
     def _commit_flushes(self, connection: sa.Connection, feed_id: int, flushes: list[Flush]) -> None:
         """Into the log, and into its roll-up by the hour, which stays when the log is pruned."""
@@ -444,7 +526,7 @@ class Store:
             row["longest_lag"] = max(row.get("longest_lag", 0.0), lag or 0.0)
         table = tables.flush_hour
         connection.execute(sa.insert(tables.flush), [{"feed_id": feed_id, **asdict(one)} for one in flushes])
-        insert = self._insert(table)
+        insert = self.insert(table)
         new, known = insert.excluded, table.c
         more = {name: known[name] + new[name] for name in _SUMS}
         more["longest_lag"] = sa.case((new.longest_lag > known.longest_lag, new.longest_lag), else_=known.longest_lag)
@@ -456,19 +538,19 @@ class Store:
 
     def feed(self, name: str) -> Row | None:
         """The feed's row."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(sa.select(tables.feed).where(tables.feed.c.name == name)).first()
             return _plain(row) if row else None
 
     def now(self) -> datetime:
         """The clock that leases are measured by."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return self._now(connection)
 
     def counts(self, feed_id: int) -> tuple[dict[str, int], dict[str, int]]:
         """Studies by outcome; failures that are not over by kind."""
         study, failure = tables.study, tables.failure
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             by_outcome = connection.execute(
                 sa.select(study.c.outcome, sa.func.count()).where(study.c.feed_id == feed_id).group_by(study.c.outcome)
             )
@@ -483,7 +565,7 @@ class Store:
     def study_row(self, feed_id: int, study_uid: str) -> Row | None:
         """Everything known of a study."""
         table = tables.study
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute(
                 sa.select(table).where(table.c.feed_id == feed_id, table.c.study_instance_uid == study_uid)
             ).first()
@@ -496,15 +578,20 @@ class Store:
         statuses: Sequence[str] = ATTENTION,
         kind: str | None = None,
         study_uid: str | None = None,
+        failure_id: int | None = None,
     ) -> list[Row]:
-        """Failures, oldest first."""
+        """Failures, oldest first; of all statuses where none is named."""
         table = tables.failure
-        chosen = [table.c.feed_id == feed_id, table.c.status.in_(statuses)]
+        chosen = [table.c.feed_id == feed_id]
+        if statuses:
+            chosen.append(table.c.status.in_(statuses))
+        if failure_id is not None:
+            chosen.append(table.c.id == failure_id)
         if kind:
             chosen.append(table.c.kind == kind)
         if study_uid:
             chosen.append(table.c.study_instance_uid == study_uid)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return [_plain(row) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))]
 
     def issues(self, feed_id: int, *, study_uid: str | None = None) -> list[Row]:
@@ -515,14 +602,17 @@ class Store:
         if study_uid:
             chosen.append(table.c.study_instance_uid == study_uid)
         query = sa.select(*columns, sa.func.sum(table.c.count).label("instances")).where(*chosen)
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return [_plain(row) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _transaction(self, *, alone: bool = False) -> Iterator[sa.Connection]:
-        """`alone`: no other writer from the start, for what reads before it writes (SQLite; PostgreSQL has locks)."""
+    def transaction(self, *, alone: bool = False) -> Iterator[sa.Connection]:
+        """All of it or nothing.
+
+        `alone`: no other writer from the start, for what reads before it writes (SQLite; PostgreSQL has locks).
+        """
         try:
             with self._engine.execution_options(alone=alone).begin() as connection:
                 yield connection
@@ -541,13 +631,15 @@ class Store:
             return now
         return self._clock.now()
 
-    def _fenced(self, connection: sa.Connection, lease: Lease, **values: Any) -> None:
+    def fenced(self, connection: sa.Connection, lease: Lease, **values: Any) -> None:
+        """Update the feed's row, if the lease is still ours. Raises `LeaseLost`."""
         table = tables.feed
         mine = (table.c.id == lease.feed_id, table.c.token == lease.token, table.c.lease_owner == lease.owner)
         if connection.execute(sa.update(table).where(*mine).values(values)).rowcount != 1:
             raise errors.LeaseLost("the lease of the feed went to another worker")
 
-    def _insert(self, table: sa.Table) -> Any:
+    def insert(self, table: sa.Table) -> Any:
+        """An INSERT that knows ON CONFLICT, in the database's own dialect."""
         return (sqlite if self._engine.dialect.name == "sqlite" else postgresql).insert(table)
 
     def _upsert(
@@ -555,7 +647,7 @@ class Store:
     ) -> None:
         values = [{"feed_id": feed_id, **asdict(row)} for row in rows]
         if values:
-            insert = self._insert(table)
+            insert = self.insert(table)
             changed = {column.name: insert.excluded[column.name] for column in table.c if not column.primary_key}
             connection.execute(
                 insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed), values

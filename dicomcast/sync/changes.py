@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from dicomcast import errors, mapping, settings
 from dicomcast.dicom import feed
-from dicomcast.state import store
+from dicomcast.state import jobs, store
 
 InstanceKey = tuple[str, str]
 """Series Instance UID, SOP Instance UID."""
@@ -40,6 +40,8 @@ class StudyChange:
     """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
     urgent: bool = False
     """To be written without waiting for quiet."""
+    work: list[jobs.Work] = field(default_factory=list)
+    """What somebody has asked for, and this settles."""
     entries: int = 0
     """How often it was touched."""
 
@@ -103,7 +105,6 @@ def failure_of(
     study_uid: str | None,
     key: tuple[str | None, str | None] = (None, None),
     sequence: int | None = None,
-    heals: bool = False,
 ) -> store.Failure:
     """The row for a failure."""
     return store.Failure(
@@ -116,7 +117,7 @@ def failure_of(
         sequence=sequence,
         rule=failed.rule,
         tag=failed.tag,
-        heals=heals,
+        heals=errors.kind(failed.kind).heals,
     )
 
 

@@ -93,17 +93,21 @@ class Ledger:
 
     async def open(self, feed_name: str, *, url: str, owner: str) -> None:
         """Open the database, take the lease and read the position. Raises `LeaseHeld` and `Incompatible`."""
-        await _in_thread(self._store.open)
+        await in_thread(self._store.open)
         asked = self._clock.monotonic()
-        lease = await _in_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
+        lease = await in_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
         self._lease, self._held_until = lease, asked + self._seconds
         if lease.expired:
             # Its last owner may still have a write under way that it began when a quarter was left.
             await self._clock.sleep(self._seconds / 4)
-        self.position = await _in_thread(self._store.position, lease)
+        self.position = await in_thread(self._store.position, lease)
         if self.position is not None:
             self.watermark = Watermark(self.position.watermark)
             self.latest = self.position.latest
+
+    def look(self, feed_id: int) -> None:
+        """Without the lease: what the database knows can be read, and nothing is ever written."""
+        self._lease = store.Lease(feed_id, token=-1, owner="")
 
     async def keep(self) -> None:
         """Renew the lease for ever; raises `LeaseLost` where it was taken, `Unavailable` where it ran out."""
@@ -111,7 +115,7 @@ class Ledger:
             await self._clock.sleep(self._seconds / 4)
             asked = self._clock.monotonic()
             try:
-                await _in_thread(self._store.renew, self.lease, seconds=self._seconds)
+                await in_thread(self._store.renew, self.lease, seconds=self._seconds)
             except errors.Unavailable as away:
                 self._away = away.reason
                 if self._clock.monotonic() > self._held_until:
@@ -129,7 +133,7 @@ class Ledger:
     async def close(self) -> None:
         """Give the lease back at once."""
         if self._lease is not None:
-            await _in_thread(self._store.release, self._lease)
+            await in_thread(self._store.release, self._lease)
             self._lease = None
 
     # What was read --------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class Ledger:
 
     async def gaps(self) -> dict[int, datetime]:
         """Sequences that may still come, and since when they are missed."""
-        return await _in_thread(self._store.gaps, self.lease)
+        return await in_thread(self._store.gaps, self.lease)
 
     # What is known --------------------------------------------------------------------------------------------------
 
@@ -179,18 +183,18 @@ class Ledger:
         """The same of several."""
         if any(not effects.studies.keys().isdisjoint(uids) for effects in (self._effects, self._writing) if effects):
             await self.commit()
-        return await _in_thread(self._store.studies, self.lease, uids)
+        return await in_thread(self._store.studies, self.lease, uids)
 
     async def patient(self, fhir_id: str) -> store.Patient | None:
         """The Patient's row."""
         for effects in (self._effects, self._writing):
             if effects and fhir_id in effects.patients:
                 return effects.patients[fhir_id]
-        return await _in_thread(self._store.patient, self.lease, fhir_id)
+        return await in_thread(self._store.patient, self.lease, fhir_id)
 
     async def due(self) -> list[str]:
         """Studies with a failure whose next retry has come."""
-        return await _in_thread(self._store.due, self.lease)
+        return await in_thread(self._store.due, self.lease)
 
     # What became of it ----------------------------------------------------------------------------------------------
 
@@ -221,6 +225,14 @@ class Ledger:
         if not stays and not (before and settled.outcome == "unchanged"):
             self.outcomes[study_uid] = settled.outcome
 
+    def worked(self, work_id: int, result: str) -> None:
+        """Work that somebody asked for is done; its row says so with the study's."""
+        self._effects.worked[work_id] = result
+
+    def look_again(self, study_uid: str, *, seconds: float) -> None:
+        """A study must be looked at once more when this time has passed, by whoever holds the lease then."""
+        self._effects.again[study_uid] = self._clock.now() + timedelta(seconds=seconds)
+
     def release(self, sequences: Iterable[int]) -> None:
         """Entries that have had their effect, or whose effect has become another's."""
         self._effects.closed_gaps.update(sequence for sequence in sequences if self.watermark.settle(sequence))
@@ -228,6 +240,8 @@ class Ledger:
     async def commit(self) -> None:
         """Effects and watermark, in one transaction. Raises `Unavailable` (and keeps them) and `LeaseLost`."""
         async with self._commits:
+            if self.position is None:
+                self._effects = store.Effects()
             if self.position is None or not self.dirty:
                 return
             self.guard()
@@ -238,7 +252,7 @@ class Ledger:
             noted, opened = (self.latest, self.trouble), self.opened
             commit = partial(self._store.commit, trouble=self.trouble, seen_at=self._seen_at)
             try:
-                self.opened += await _in_thread(commit, self.lease, position, self._writing)
+                self.opened += await in_thread(commit, self.lease, position, self._writing)
                 self._noted = noted
             except BaseException:
                 self._writing.follow(self._effects)
@@ -254,7 +268,7 @@ class Ledger:
                 self._pruned_at = 2 * len(self._marks) + 1000
 
 
-async def _in_thread(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
+async def in_thread(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:
     """Await `function` in a thread to its end, also when cancelled meanwhile: only then is it known what it did."""
     work = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
     try:

@@ -182,10 +182,15 @@ class Links:
                 return True
         return False
 
+    async def endpoints(self) -> tuple[Held | None, list[Held]]:
+        """Our Endpoint as it is now, and all of its kind."""
+        found = await self._fhir.search(self._endpoint_queries())
+        return self._our_endpoint(*found), [one for hits in found for one in hits]
+
     async def permitted(self) -> bool:
         """Probe: whether our credentials may write at all. Our Endpoint, where there is one, can be written again."""
         try:
-            held = self._our_endpoint(*await self._fhir.search(self._endpoint_queries()))
+            held, _ = await self.endpoints()
             if held is None:
                 return False
             await self._fhir.write([plan.again(held, rules=self._rules, naming=self._naming)])

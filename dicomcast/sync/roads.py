@@ -17,7 +17,7 @@ from dicomcast.dicom import values
 from dicomcast.dicom.service import DicomService
 from dicomcast.fhir import resources
 from dicomcast.fhir.resources import Held, Write, Written
-from dicomcast.fhir.service import FhirService
+from dicomcast.fhir.service import Capability, FhirService
 from dicomcast.state import store
 from dicomcast.sync import observations, plan
 from dicomcast.sync.changes import StudyChange, failure_of
@@ -53,6 +53,7 @@ class Roads:
         naming: plan.Naming,
         options: settings.ImagingStudy,
         clock: Clock,
+        may_end: Callable[[StudyChange], None],
     ):
         self._dicom = dicom
         self._fhir = fhir
@@ -63,6 +64,7 @@ class Roads:
         self._end_policy = options.end
         self._instances = options.instances
         self._clock = clock
+        self._may_end = may_end
         self._written: OrderedDict[str, tuple[Held, bytes]] = OrderedDict()
         self._written_bytes = 0
         self._met: dict[str, str | None] = {}
@@ -95,7 +97,9 @@ class Roads:
 
     async def _base(self, row: store.Study, failing: bool) -> Held:
         """The version of the ImagingStudy that we wrote last, if FHIR still has it and nothing is amiss with it."""
-        stale = failing or row.mapping_digest != self._rules.digest
+        # What came before the feed was begun, or was skipped by an operator, only a look at the whole study can tell.
+        unread = row.last_sequence < self._ledger.first
+        stale = failing or unread or row.mapping_digest != self._rules.digest
         if row.outcome != "synced" or stale or row.version is None:
             raise errors.Replan("a study that can't be vouched for")
         remembered = self._written.get(row.study_instance_uid)
@@ -237,6 +241,8 @@ class Roads:
         self.forget(change.study_uid)
         outcome: Outcome = "failed" if failures else "unchanged" if held is None else "deleted"
         kept: Held | None = None
+        if held is not None and (gone or held.resource.get("series")):
+            self._may_end(change)
         if held is not None:
             ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
             stays = not gone or self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
@@ -403,6 +409,42 @@ class Roads:
         """Drop what is remembered of a study."""
         _, content = self._written.pop(study_uid, (None, b""))
         self._written_bytes -= len(content)
+
+
+def ways(
+    options: settings.Settings,
+    can: Capability,
+    *,
+    dicom: DicomService,
+    fhir: FhirService,
+    ledger: Ledger,
+    rules: mapping.Mapping,
+    clock: Clock,
+    may_end: Callable[[StudyChange], None] = lambda change: None,
+) -> tuple[Links, Roads]:
+    """The two roads between these services, and what they share."""
+    naming = plan.Naming(client_ids=can.client_ids, source=options.dicom_identity)
+    links = Links(
+        fhir,
+        ledger=ledger,
+        rules=rules,
+        naming=naming,
+        policy=options.patient.policy,
+        addresses=options.dicom_addresses,
+        clock=clock,
+    )
+    roads = Roads(
+        dicom=dicom,
+        fhir=fhir,
+        links=links,
+        ledger=ledger,
+        rules=rules,
+        naming=naming,
+        options=options.imaging_study,
+        clock=clock,
+        may_end=may_end,
+    )
+    return links, roads
 
 
 def _parts(together: list[Write], more: list[Write]) -> Iterator[list[Write]]:

@@ -16,13 +16,13 @@ from dicomcast.clock import Clock
 from dicomcast.dicom.service import DicomService
 from dicomcast.fhir.service import FhirService
 from dicomcast.state import store
-from dicomcast.sync import plan
+from dicomcast.sync.backlog import Backlog
 from dicomcast.sync.changes import Buffer, StudyChange, failure_of
 from dicomcast.sync.intake import Intake
 from dicomcast.sync.ledger import Ledger, Settled
-from dicomcast.sync.links import Links, PatientKey, Question
+from dicomcast.sync.links import PatientKey, Question
 from dicomcast.sync.patience import LONGEST_PAUSE, Patience, Stopped
-from dicomcast.sync.roads import Roads
+from dicomcast.sync.roads import ways
 
 _COMMIT_EVERY = 1.0
 _ASKED_TOGETHER = 50
@@ -57,7 +57,11 @@ class _Tries:
 
 
 class Worker:
-    """Keeps one feed in step. `once`: catch up and return; else go on until `stop` is set."""
+    """Keeps one feed in step, and does the work that waits.
+
+    `once`: catch up and return, else go on until `stop` is set. `job`: leave the feed alone, do this job's work and
+    return.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Worker:
         owner: str,
         once: bool,
         stop: asyncio.Event,
+        job: int | None = None,
         progress: Callable[[int, int], None] = lambda watermark, latest: None,
     ):
         self._options = options
@@ -80,6 +85,7 @@ class Worker:
         self._clock = clock
         self._owner = owner
         self._once = once
+        self._job = job
         self._stop = stop
         self._progress = progress
         self._patience = Patience(clock=clock, stop=stop, limit=options.sync.patience if once else None)
@@ -96,13 +102,14 @@ class Worker:
             options=options.dicom,
             busy=lambda study_uid: study_uid in self._lanes,
         )
+        self._working: set[str] = set()
+        """Studies in lanes that somebody has asked for."""
         self._looking: asyncio.Task[None] | None = None
         self._alone: set[str] = set()
         """Studies that could not be looked up together with others."""
         self._refused: tuple[str, set[str]] = ("", set())
         self._taken_at = 0.0
-        self._doubts: dict[str, float] = {}
-        """Studies of which a write was given up, and when it can't take effect any more: a create has no If-Match."""
+        self._backlog = Backlog(state, ledger=self.ledger, clock=clock, job=job)
         self._last_commit = 0.0
 
     def trouble(self) -> str | None:
@@ -132,15 +139,14 @@ class Worker:
     async def _session(self, tasks: asyncio.TaskGroup) -> None:
         keeper = tasks.create_task(self.ledger.keep())
         await self._patience.unless_stopped(self._prepare())
-        reader = tasks.create_task(self._intake.read(once=self._once))
+        reader = tasks.create_task(self._intake.read(once=self._once) if self._job is None else _nothing_to_read())
         while not self._stop.is_set():
-            for uid in [uid for uid, due in self._doubts.items() if self._clock.monotonic() >= due]:
-                del self._doubts[uid]
-                self._intake.reconcile_soon(uid, "a write in doubt")
             await self._start_lanes(tasks)
+            await self._start_work(tasks)
             self._settle_demographics()
             await self._commit_in_time()
-            if reader.done() and not self._lanes and not self._buffer and self.ledger.watermark.idle():
+            at_rest = not self._lanes and not self._buffer and self._backlog.idle
+            if reader.done() and at_rest and self.ledger.watermark.idle():
                 await self._patience.with_("database", self.ledger.commit)
                 break
             self._intake.moved.clear()
@@ -158,25 +164,15 @@ class Worker:
         """Look at both services before anything is changed."""
         self._fhir.may_write = self.ledger.guard
         can = await self._patience.with_("fhir", self._fhir.capability)
-        naming = plan.Naming(client_ids=can.client_ids, source=self._options.dicom_identity)
-        self._links = Links(
-            self._fhir,
-            ledger=self.ledger,
-            rules=self._rules,
-            naming=naming,
-            policy=self._options.patient.policy,
-            addresses=self._options.dicom_addresses,
-            clock=self._clock,
-        )
-        self._roads = Roads(
+        self._links, self._roads = ways(
+            self._options,
+            can,
             dicom=self._dicom,
             fhir=self._fhir,
-            links=self._links,
             ledger=self.ledger,
             rules=self._rules,
-            naming=naming,
-            options=self._options.imaging_study,
             clock=self._clock,
+            may_end=self._backlog.may_end,
         )
         await self._patience.with_("dicom", self._intake.take_up)
         log.info(
@@ -208,10 +204,30 @@ class Worker:
 
     # Lanes ----------------------------------------------------------------------------------------------------------
 
+    def _free(self) -> int:
+        """Lanes that may be started."""
+        return max(0, min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes))
+
+    async def _start_work(self, tasks: asyncio.TaskGroup) -> None:
+        """Behind the live traffic: in lanes that it leaves free, or else in one more."""
+        await self._patience.with_("database", self._backlog.fill)
+        if self._lanes and self._patience.troubled("dicom", "database", "fhir", _REFUSALS):
+            return
+        self._working &= self._lanes.keys()
+        room = max(0 if self._working else 1, self._free())
+        while room > 0 and (works := self._backlog.take(self._lanes.keys())):
+            uid, now = works[0].study_instance_uid, self._clock.monotonic()
+            change = self._buffer.take(uid) or StudyChange(uid, arrived=now, touched=now)
+            change.reconcile(works[0].reason)
+            change.work += works
+            self._working.add(uid)
+            self._lanes[uid] = tasks.create_task(self._lane(change))
+            room -= 1
+
     async def _start_lanes(self, tasks: asyncio.TaskGroup) -> None:
         if self._lanes and self._patience.troubled("database", "fhir", _REFUSALS):
             return
-        free = max(0, min(self._options.sync.parallel, self._fhir.parallel) - len(self._lanes))
+        free = self._free()
         # At the head it decides when a study is due whether it is new to us.
         await self._read_rows(self._due(free) if self._intake.behind else self._buffer)
         due = self._due(free)  # from here on nothing is awaited: what is due may change meanwhile
@@ -304,31 +320,37 @@ class Worker:
                 except errors.Unavailable as failure:
                     if self._patience.note(failure) == "database":
                         await self._patience.with_("database", partial(self.ledger.study, uid))
+                except errors.Held as held:
+                    await self._patience.with_("database", partial(self._backlog.hold, held))
+                    break
                 except (errors.Error, Stopped):
                     raise
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
                     settled = await self._park(change, _internal(surprise))
-            log.debug("settled", outcome=settled.outcome, road="reconcile" if exact else "fold", reason=change.reason)
-            flush = self._flush(change, settled, exact=exact, seconds=self._clock.monotonic() - began)
-            self.ledger.settle(uid, *self._links.settled(change, settled), flush)
-            if tries.in_doubt:
-                self._doubts[uid] = self._clock.monotonic() + 2 * self._options.fhir.timeout + _LATE
+            if settled is not None:
+                self._settle(change, settled, tries, exact=exact, seconds=self._clock.monotonic() - began)
         del self._lanes[uid]
         self._alone.discard(uid)
         self._intake.moved.set()
 
-    def _flush(self, change: StudyChange, settled: Settled, *, exact: bool, seconds: float) -> store.Flush:
+    def _settle(self, change: StudyChange, settled: Settled, tries: _Tries, *, exact: bool, seconds: float) -> None:
+        road, reason = ("reconcile", change.reason or "base") if exact else ("fold", None)
+        log.debug("settled", outcome=settled.outcome, road=road, reason=reason)
         now = self._clock.now()
         lag = max(0.0, (now - change.entered).total_seconds()) if change.entered else None
-        road, reason = ("reconcile", change.reason or "base") if exact else ("fold", None)
         entries = len(change.sequences)
-        return store.Flush(change.study_uid, now, road, reason, settled.outcome, entries, seconds, lag)
+        flush = store.Flush(change.study_uid, now, road, reason, settled.outcome, entries, seconds, lag)
+        self.ledger.settle(change.study_uid, *self._links.settled(change, settled), flush)
+        self._backlog.done(change, "failed" if settled.failures else settled.outcome)
+        if tries.in_doubt:
+            # A create has no If-Match: once it can't take effect any more, somebody must see whether it did.
+            self.ledger.look_again(change.study_uid, seconds=2 * self._options.fhir.timeout + _LATE)
 
     async def _after(self, failure: errors.Error, change: StudyChange, tries: _Tries) -> Settled | None:
         """What becomes of a study whose attempt went wrong: parked, or None to look at both services and try again."""
         if isinstance(failure, errors.StudyFailed):
             self._patience.well({"read": "dicom", "write": "fhir"}.get(failure.stage, ""))
-            return await self._park(change, failure, heals=failure.kind != "invalid")
+            return await self._park(change, failure)
         if isinstance(failure, errors.OutcomeUnknown | errors.Troubled | errors.Forbidden):
             return await self._after_trouble(failure, change, tries)
         self._patience.well("fhir")
@@ -402,13 +424,17 @@ class Worker:
         self._roads.forget(change.study_uid)
         self._links.forget(change.patient_key, refused=refused)
 
-    async def _park(self, change: StudyChange, failed: errors.StudyFailed, *, heals: bool = True) -> Settled:
+    async def _park(self, change: StudyChange, failed: errors.StudyFailed) -> Settled:
         row, _ = await self._patience.with_("database", partial(self.ledger.study, change.study_uid))
         log.warning("study failed", kind=failed.kind, reason=str(failed))
         sequence = change.last_sequence or (row.last_sequence if row else None)
-        failure = failure_of(failed, study_uid=change.study_uid, sequence=sequence, heals=heals)
+        failure = failure_of(failed, study_uid=change.study_uid, sequence=sequence)
         study = self._roads.parked(change, row)
         return Settled("failed", study, failures=(*change.failures, failure))
+
+
+async def _nothing_to_read() -> None:
+    """A job leaves the feed alone."""
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def upgrade() -> None:
         "study",
         sa.Column("month", sa.String(7), comment="YYYY-MM in UTC in which its first change was recorded by the feed"),
     )
-    op.create_index("study_by_month", "study", ["feed_id", "month", "modality", "outcome"])
+    op.create_index("study_by_outcome", "study", ["feed_id", "outcome", "month", "modality"])
     op.create_index("study_by_digest", "study", ["feed_id", "mapping_digest", "outcome", "synced_at"])
     op.add_column(
         "failure",
@@ -66,14 +66,14 @@ def upgrade() -> None:
     op.create_index("issue_by_rule", "issue", ["feed_id", "rule", "tag", "vr", "reason", "count"])
     op.create_table(
         "job",
-        sa.Column("id", _Id, primary_key=True),
-        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False),
+        sa.Column("id", _Id, primary_key=True, comment="number of the job"),
+        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False, comment="feed that it is of"),
         sa.Column("verb", sa.String(16), nullable=False, comment="replay, verify, backfill"),
         sa.Column(
             "scope", sa.Text, nullable=False, comment="what was asked for: the same again takes an unfinished job up"
         ),
-        sa.Column("requested_by", sa.String(128), nullable=False),
-        sa.Column("requested_at", _Instant, nullable=False),
+        sa.Column("requested_by", sa.String(128), nullable=False, comment="who started it"),
+        sa.Column("requested_at", _Instant, nullable=False, comment="when"),
         sa.Column(
             "listed_at", _Instant, comment="when all its studies were in `work`; absent: listing goes on at `cursor`"
         ),
@@ -88,14 +88,15 @@ def upgrade() -> None:
         ),
         sa.Column("allow_deletes", sa.Integer, comment="most studies that it may take out of FHIR; absent: 20, or 5 %"),
         sa.Column("held", sa.Text, comment="why it waits for an operator; absent: it does not"),
+        comment="jobs that people started",
     )
     op.create_index("job_by_scope", "job", ["feed_id", "verb"])
     op.create_table(
         "work",
-        sa.Column("id", _Id, primary_key=True),
-        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False),
+        sa.Column("id", _Id, primary_key=True, comment="number of the work, in order of coming"),
+        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False, comment="feed that it is of"),
         sa.Column("job_id", _Id, sa.ForeignKey("job.id"), comment="absent: the worker asked for it itself"),
-        sa.Column("study_instance_uid", sa.String(64), nullable=False),
+        sa.Column("study_instance_uid", sa.String(64), nullable=False, comment="Study Instance UID"),
         sa.Column("reason", sa.String(32), nullable=False, comment="replay, verify, backfill, in doubt"),
         sa.Column("state", sa.String(16), nullable=False, comment="listed (to be compared), waiting, done, cancelled"),
         sa.Column("priority", sa.Integer, nullable=False, comment="the lowest first"),
@@ -106,17 +107,18 @@ def upgrade() -> None:
             comment="created, updated, unchanged, deleted, failed; of a comparison its kind",
         ),
         sa.Column("detail", sa.Text, comment="of a comparison: names of the elements that differ, as JSON"),
-        sa.Column("finished_at", _Instant),
+        sa.Column("finished_at", _Instant, comment="when it was done or cancelled"),
+        comment="studies that are to be looked at without a change in the feed",
     )
     op.create_index("work_by_job", "work", ["job_id", "study_instance_uid"], unique=True)
     op.create_index("work_by_state", "work", ["feed_id", "state", "priority", "id"])
     op.create_index("work_by_study", "work", ["feed_id", "study_instance_uid"])
     op.create_table(
         "flush",
-        sa.Column("id", _Id, primary_key=True),
-        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False),
+        sa.Column("id", _Id, primary_key=True, comment="number of the settling"),
+        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), nullable=False, comment="feed that it is of"),
         sa.Column("at", _Instant, nullable=False, comment="when the study was settled"),
-        sa.Column("study_instance_uid", sa.String(64), nullable=False),
+        sa.Column("study_instance_uid", sa.String(64), nullable=False, comment="Study Instance UID"),
         sa.Column("road", sa.String(16), nullable=False, comment="fold, reconcile"),
         sa.Column("reason", sa.String(32), comment="why it was reconciled"),
         sa.Column("outcome", sa.String(16), nullable=False, comment="created, updated, unchanged, deleted, failed"),
@@ -125,32 +127,35 @@ def upgrade() -> None:
         sa.Column(
             "lag_seconds", sa.Float, comment="from the oldest of these entries in the feed to its effect in FHIR"
         ),
+        comment="settlings of studies, each of them; old ones are pruned",
     )
     op.create_index("flush_by_time", "flush", ["feed_id", "at"])
-    op.create_index("flush_by_lag", "flush", ["feed_id", "lag_seconds"])
+    op.create_index("flush_by_lag", "flush", ["feed_id", "lag_seconds", "at"])
     op.create_table(
         "flush_hour",
-        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), primary_key=True),
+        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), primary_key=True, comment="feed that it is of"),
         sa.Column("hour", _Instant, primary_key=True, comment="its beginning"),
-        sa.Column("road", sa.String(16), primary_key=True),
-        sa.Column("outcome", sa.String(16), primary_key=True),
+        sa.Column("road", sa.String(16), primary_key=True, comment="fold, reconcile"),
+        sa.Column("outcome", sa.String(16), primary_key=True, comment="created, updated, unchanged, deleted, failed"),
         sa.Column(
             "lag_within", sa.Integer, primary_key=True, comment="seconds: 1, 2, 5, 10, ...; 0: no entry of the feed"
         ),
-        sa.Column("flushes", sa.Integer, nullable=False),
-        sa.Column("entries", sa.BigInteger, nullable=False),
-        sa.Column("seconds", sa.Float, nullable=False, comment="sum"),
-        sa.Column("lag_seconds", sa.Float, nullable=False, comment="sum"),
-        sa.Column("longest_lag", sa.Float, nullable=False),
+        sa.Column("flushes", sa.Integer, nullable=False, comment="how many"),
+        sa.Column("entries", sa.BigInteger, nullable=False, comment="change feed entries that they settled"),
+        sa.Column("seconds", sa.Float, nullable=False, comment="sum of seconds"),
+        sa.Column("lag_seconds", sa.Float, nullable=False, comment="sum of lags in seconds"),
+        sa.Column("longest_lag", sa.Float, nullable=False, comment="seconds"),
+        comment="settlings of studies, summed up by the hour; they stay",
     )
     op.create_table(
         "audit",
-        sa.Column("id", _Id, primary_key=True),
-        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id")),
-        sa.Column("at", _Instant, nullable=False),
-        sa.Column("who", sa.String(128), nullable=False),
+        sa.Column("id", _Id, primary_key=True, comment="number of the action"),
+        sa.Column("feed_id", _Id, sa.ForeignKey("feed.id"), comment="feed that it concerns; absent: all"),
+        sa.Column("at", _Instant, nullable=False, comment="when"),
+        sa.Column("who", sa.String(128), nullable=False, comment="user, and the machine"),
         sa.Column("action", sa.String(32), nullable=False, comment="replay, dismiss, state set, ..."),
-        sa.Column("detail", sa.Text, nullable=False),
+        sa.Column("detail", sa.Text, nullable=False, comment="what was asked for"),
+        comment="what operators did",
     )
     op.create_index("audit_by_time", "audit", ["feed_id", "at"])
     for view in _VIEWS:

@@ -1,0 +1,640 @@
+"""What operators do: `replay`, `verify` and `backfill` of studies, and what they change in the state itself.
+
+Each of the three is a job: studies are listed into the database, and then worked through by whoever holds the feed's
+lease; by this process, where nobody does. So each can be stopped and taken up again, and goes on beside a worker.
+"""
+
+import asyncio
+import getpass
+import platform
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from dicomcast import app, errors, mapping, settings
+from dicomcast.clock import Clock
+from dicomcast.dicom import values
+from dicomcast.dicom.service import PAGE, DicomService
+from dicomcast.fhir import resources
+from dicomcast.fhir.service import FhirService, Query
+from dicomcast.state import jobs, operators, store, tables
+from dicomcast.sync.backlog import too_many
+from dicomcast.sync.ledger import Ledger
+from dicomcast.sync.links import Links
+from dicomcast.sync.patience import Patience, Stopped
+from dicomcast.sync.rehearsal import Rehearsal, Rehearsed
+from dicomcast.sync.roads import ways
+
+Json = Any
+Position, read_exported = operators.Position, operators.read_exported
+Progress = Callable[[int, int], None]
+"""Called with the studies that are done, and all of them."""
+
+_LOOK_EVERY = 0.5
+_COMPARED_AT_ONCE = 8
+_COMPARED_TOGETHER = 200
+_WINDOW = timedelta(days=31)
+_SAME = "same"
+_COUNTED = ("created", "updated", "unchanged", "deleted")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How fast a job may go (studies a second), and how many studies it may take out of FHIR; None: as by default."""
+
+    per_second: float | None = None
+    allow_deletes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which studies: those of failures, some by name, those of another mapping, or all that failed."""
+
+    ids: tuple[int, ...] = ()
+    studies: tuple[str, ...] = ()
+    series: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    since: str | None = None
+    everything: bool = False
+    outdated: bool = False
+    limit: int | None = None
+
+    @property
+    def scope(self) -> str:
+        """The same in words: who asks for it again takes an unfinished job up."""
+        named = {"id": self.ids, "study": self.studies, "series": self.series, "kind": self.kinds}
+        words = [f"--{name} {value}" for name, values in named.items() for value in values]
+        words += [f"--since {self.since}"] if self.since else []
+        words += [f"--{name}" for name in ("all", "outdated") if getattr(self, name.replace("all", "everything"))]
+        words += [f"--limit {self.limit}"] if self.limit is not None else []
+        return " ".join(words)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a verb did: its JSON form, rows for people, whether something is amiss, and the signal that ended it."""
+
+    document: dict[str, Json]
+    rows: list[dict[str, Json]] = field(default_factory=list)
+    amiss: bool = False
+    stopped: int | None = None
+    left: int = 0
+
+
+@dataclass(slots=True)
+class Desk:
+    """Where an operator works: the database, and both services to look at; nothing is written to FHIR from here."""
+
+    options: settings.Settings
+    rules: mapping.Mapping
+    state: store.Store
+    feed_id: int
+    clock: Clock
+    stop: app.Stop
+    patience: Patience
+    dicom: DicomService
+    fhir: FhirService
+    links: Links
+    rehearsal: Rehearsal
+    progress: Progress
+
+    def begin(self, verb: str, scope: str, limits: Limits) -> jobs.Job:
+        """The unfinished job of this verb and scope, or a new one; the audit says who asked."""
+        return jobs.begin(
+            self.state,
+            self.feed_id,
+            verb,
+            scope,
+            by=operator(),
+            now=self.clock.now(),
+            per_second=limits.per_second,
+            allow_deletes=limits.allow_deletes,
+        )
+
+    def worked_on(self) -> bool:
+        """Whether somebody holds the feed's lease."""
+        feed = self.state.feed(self.options.feed_name)
+        return feed is not None and feed["lease_owner"] is not None and feed["lease_until"] > self.state.now()
+
+
+def operator() -> str:
+    """Who sits at this machine, for the audit."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = "unknown"
+    return f"{user}@{platform.node()}"[:128]
+
+
+async def at_desk(
+    options: settings.Settings,
+    verb: Callable[[Desk], Awaitable[Report]],
+    *,
+    clock: Clock | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Do `verb` until it is done or a signal comes.
+
+    Raises `NeedsPerson`, `LeaseHeld`, and `Unavailable` when patience runs out: what was done stays done, and the same
+    call goes on from there.
+    """
+    settings.require_patient_system(options)
+    rules, clock = app.rules(options), clock or Clock()
+    with closing(store.Store(options.database.url, clock=clock)) as state, app.stop_on_signals() as stop:
+        state.open()
+        feed_id = state.know(options.feed_name, url=options.dicom.url)
+        patience = Patience(clock=clock, stop=stop, limit=options.sync.patience)
+        ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=False)
+        ledger.look(feed_id)
+        async with app.services(options, clock=clock, dry=True) as (dicom, fhir):
+            try:
+                can = await patience.with_("fhir", fhir.capability)
+                links, roads = ways(options, can, dicom=dicom, fhir=fhir, ledger=ledger, rules=rules, clock=clock)
+                rehearsal = Rehearsal(roads, fhir=fhir, dicom=dicom, links=links, ledger=ledger, patience=patience)
+                desk = Desk(
+                    options, rules, state, feed_id, clock, stop, patience, dicom, fhir, links, rehearsal, progress
+                )
+                return await verb(desk)
+            except Stopped:
+                return Report({}, stopped=stop.signal)
+
+
+async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
+    """Until all of a job's work is done: by the worker that holds the lease, or by ourselves where none does."""
+    known, since = -1, desk.clock.monotonic()
+    while True:
+        now = await asyncio.to_thread(jobs.progress, desk.state, job)
+        desk.progress(now.done, now.states.total())
+        if now.held is not None and now.left:
+            raise errors.NeedsPerson(
+                f"{now.held}, and {now.left} studies of this {job.verb} still wait: look at them with --dry-run or "
+                "verify, and where it is right say --allow-deletes N"
+            )
+        if not now.left or desk.stop.is_set():
+            return now
+        if now.done != known:
+            known, since = now.done, desk.clock.monotonic()
+        if not await asyncio.to_thread(desk.worked_on):
+            try:
+                await _work(desk, job)
+            except (errors.LeaseHeld, errors.LeaseLost):
+                pass  # somebody else came first
+            else:
+                continue
+        if desk.clock.monotonic() - since > desk.options.sync.patience:
+            feed = desk.state.feed(desk.options.feed_name) or {}
+            if feed.get("trouble"):
+                raise errors.Unavailable("worker", feed["trouble"])
+            raise errors.LeaseHeld("the worker that holds the lease has not come to this; it goes on all the same")
+        await desk.patience.wait(_LOOK_EVERY)
+
+
+async def _work(desk: Desk, job: jobs.Job) -> None:
+    """Hold the lease for as long as the job has work."""
+
+    async def show() -> None:
+        while True:
+            now = await asyncio.to_thread(jobs.progress, desk.state, job)
+            desk.progress(now.done, now.states.total())
+            await desk.clock.sleep(_LOOK_EVERY)
+
+    shown = asyncio.create_task(show())
+    try:
+        async with app.services(desk.options, clock=desk.clock) as (dicom, fhir):
+            worker = app.worker(
+                desk.options,
+                desk.rules,
+                dicom=dicom,
+                fhir=fhir,
+                state=desk.state,
+                clock=desk.clock,
+                stop=desk.stop,
+                once=True,
+                job=job.id,
+            )
+            await worker.work()
+    finally:
+        shown.cancel()
+        await asyncio.gather(shown, return_exceptions=True)
+
+
+async def _rehearsed(desk: Desk, studies: Sequence[str], limits: Limits) -> AsyncIterator[tuple[str, Rehearsed]]:
+    """What a reconcile of each would do; several at once, in order, no more than allowed a second."""
+    pause = 1 / limits.per_second if limits.per_second else 0.0
+    at_once = _COMPARED_AT_ONCE if pause == 0.0 else 1
+    for at in range(0, len(studies), at_once):
+        began, some = desk.clock.monotonic(), studies[at : at + at_once]
+        together = asyncio.gather(*(desk.rehearsal.of(one) for one in some))
+        for study_uid, rehearsed in zip(some, await desk.patience.unless_stopped(together), strict=True):
+            yield study_uid, rehearsed
+        if pause:
+            await desk.patience.wait(pause - (desk.clock.monotonic() - began))
+
+
+# replay ---------------------------------------------------------------------------------------------------------------
+
+
+async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: bool = False) -> Report:
+    """Read studies anew and reconcile them; with `dry_run` only say what that would do."""
+    if dry_run:
+        return await _rehearse(desk, await _chosen(desk, selection), limits)
+    job = desk.begin("replay", selection.scope, limits)
+    if not job.listed:
+        jobs.add(desk.state, job, await _chosen(desk, selection))
+        jobs.listed(desk.state, job, now=desk.clock.now())
+    done = await _work_through(desk, job)
+    document = {
+        "replayed": done.results.total(),
+        **{word: done.results[word] for word in _COUNTED},
+        "still_failing": done.results["failed"],
+    }
+    return Report(document, amiss=done.results["failed"] > 0, stopped=desk.stop.signal, left=done.left)
+
+
+async def _chosen(desk: Desk, selection: Selection) -> list[str]:
+    """Study Instance UIDs, each once. Raises `NeedsPerson` for a failure or a series that nobody knows."""
+    state, failure = desk.state, tables.failure.c
+    found: dict[str, None] = dict.fromkeys(selection.studies)
+    for one in selection.ids:
+        studies = jobs.failing(state, desk.feed_id, failure.id == one)
+        if not studies:
+            raise errors.Misconfigured([f"--id {one}: is no failure of a study that is open or retrying"])
+        found |= dict.fromkeys(studies)
+    for series_uid in selection.series:
+        studies = jobs.failing(state, desk.feed_id, failure.series_instance_uid == series_uid)
+        if not studies:
+            there = await desk.patience.with_("dicom", partial(desk.dicom.study_of, series_uid))
+            studies = [there] if there else []
+        if not studies:
+            raise errors.Misconfigured([f"--series {series_uid}: neither a failure nor the DICOM service knows it"])
+        found |= dict.fromkeys(studies)
+    narrowed: list[Any] = [failure.kind.in_(selection.kinds)] if selection.kinds else []
+    narrowed += [failure.last_seen >= settings.moment(selection.since, desk.clock.now())] if selection.since else []
+    if selection.everything or narrowed:
+        found |= dict.fromkeys(jobs.failing(state, desk.feed_id, *narrowed))
+    if selection.outdated:
+        other = tables.study.c.mapping_digest != desk.rules.digest
+        found |= dict.fromkeys(jobs.known(state, desk.feed_id, other))
+    return list(found)[: selection.limit]
+
+
+async def _rehearse(desk: Desk, studies: Sequence[str], limits: Limits) -> Report:
+    counts: Counter[str] = Counter()
+    rows: list[dict[str, Json]] = []
+    async for study_uid, rehearsed in _rehearsed(desk, studies, limits):
+        counts["failed" if rehearsed.failures else rehearsed.outcome] += 1
+        desk.progress(counts.total(), len(studies))
+        if rehearsed.outcome != "unchanged" or rehearsed.failures:
+            rows.append(
+                {
+                    "study_instance_uid": study_uid,
+                    "outcome": "failed" if rehearsed.failures else rehearsed.outcome,
+                    "changes": _changes(rehearsed),
+                    "failures": sorted({one.kind for one in rehearsed.failures}),
+                }
+            )
+    document = {
+        "replayed": counts.total(),
+        **{word: counts[word] for word in _COUNTED},
+        "still_failing": counts["failed"],
+        "dry_run": True,
+        "studies": rows,
+    }
+    return Report(document, [*map(_in_words, rows)], amiss=counts["failed"] > 0, stopped=desk.stop.signal)
+
+
+def _changes(rehearsed: Rehearsed) -> list[dict[str, Json]]:
+    return [{"action": one.action, "resource": one.type, "elements": list(one.elements)} for one in rehearsed.writes]
+
+
+def _in_words(one: dict[str, Json]) -> dict[str, Json]:
+    """The same for a table: `update ImagingStudy (series.description)`."""
+    changes = [
+        f"{change['action']} {change['resource']}" + f" ({', '.join(change['elements'])})" * bool(change["elements"])
+        for change in one.get("changes", ())
+    ]
+    return {**one, "changes": changes}
+
+
+# verify ---------------------------------------------------------------------------------------------------------------
+
+
+async def verify(
+    desk: Desk, limits: Limits, *, studies: Sequence[str] = (), since: str | None = None, repair: bool = False
+) -> Report:
+    """Compare what DICOM, FHIR and the database say of these studies, or of all; with `repair` reconcile what differs.
+
+    Raises `NeedsPerson` too where a repair would take more studies out of FHIR than was allowed.
+    """
+    scope = [f"--study {one}" for one in studies] or ([f"--since {since}"] if since else ["--all"])
+    job = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits)
+    if not job.listed:
+        if studies:
+            jobs.add(desk.state, job, studies, to_compare=True)
+        else:
+            await desk.patience.unless_stopped(_list_all(desk, job, since=since))
+        jobs.listed(desk.state, job, now=desk.clock.now())
+    await _compare(desk, job, limits)
+    differing = _differing(desk, job)
+    if differing and desk.worked_on():
+        # The worker may just have been about to write what is missing.
+        await desk.patience.wait(2 * desk.options.settle.idle)
+        jobs.put_back(desk.state, differing, as_="listed")
+        await _compare(desk, job, limits)
+        differing = _differing(desk, job)
+    checked = jobs.progress(desk.state, job).done
+    found = list(differing.values())
+    if not studies and since is None:
+        found += await desk.patience.unless_stopped(_orphans(desk))
+    repaired = await _repair(desk, job, differing, limits, checked=checked) if repair and differing else 0
+    document = {"checked": checked, "differences": found, "repaired": repaired}
+    return Report(document, [*map(_in_words, found)], amiss=len(found) > repaired, stopped=desk.stop.signal)
+
+
+def _differing(desk: Desk, job: jobs.Job) -> dict[int, dict[str, Json]]:
+    rows = jobs.different(desk.state, job, same=_SAME)
+    return {
+        row.id: {"study_instance_uid": row.study_instance_uid, "kind": row.result, **orjson.loads(row.detail)}
+        for row in rows
+    }
+
+
+async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> None:
+    """Studies that the database, the DICOM service or the FHIR service has, each once; taken up where it stopped."""
+    phase, _, place = (job.cursor or "state").partition(" ")
+    narrowed = []
+    if since is not None:
+        start = settings.moment(since, desk.clock.now())
+        narrowed = [tables.study.c.synced_at >= start]
+    if phase == "state":
+        jobs.add(desk.state, job, jobs.known(desk.state, desk.feed_id, *narrowed), to_compare=True, cursor="dicom 0")
+        phase, place = "dicom", "0"
+    if since is not None:
+        await _list_feed(desk, job, start)
+        return
+    if phase == "dicom":
+        await _list_dicom(desk, job, offset=int(place), to_compare=True)
+        jobs.add(desk.state, job, (), cursor="fhir")
+    endpoint, _ = await desk.patience.with_("fhir", desk.links.endpoints)
+    if endpoint is None:
+        return
+    query = Query("ImagingStudy", (("endpoint", endpoint.reference), ("_elements", "identifier"), ("_count", "200")))
+    async for page in desk.fhir.each(query):
+        uids = (_study_uid(one) for one in page)
+        jobs.add(desk.state, job, [uid for uid in uids if uid], to_compare=True, cursor="fhir")
+
+
+async def _list_feed(desk: Desk, job: jobs.Job, since: datetime) -> None:
+    """Studies that the feed has told of since then."""
+    latest = await desk.patience.with_("dicom", desk.dicom.latest)
+    newest = latest.sequence if latest else 0
+    after = await desk.patience.with_("dicom", partial(desk.dicom.before, since, newest=newest))
+    while after < newest:
+        page = await desk.patience.with_("dicom", partial(desk.dicom.page, after, metadata=False))
+        uids = [entry.study_uid for entry in page if entry.study_uid]
+        jobs.add(desk.state, job, dict.fromkeys(uids), to_compare=True, cursor=None)
+        after += PAGE
+
+
+async def _list_dicom(
+    desk: Desk,
+    job: jobs.Job,
+    *,
+    offset: int = 0,
+    dates: tuple[date, date] | None = None,
+    to_compare: bool = False,
+) -> None:
+    """Studies that QIDO-RS finds, from an offset on."""
+    place = f"{dates[0].isoformat()}" if dates else "dicom"
+    async for page in desk.dicom.studies(offset=offset, dates=dates):
+        jobs.add(desk.state, job, page, to_compare=to_compare, cursor=f"{place} {offset}")
+        offset += len(page) - len(page) // 10
+
+
+async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> None:
+    """What waits to be compared, a few at a time; results are kept as they come."""
+    while some := jobs.to_compare(desk.state, job, limit=_COMPARED_TOGETHER):
+        ids = {work.study_instance_uid: work.id for work in some}
+        results = []
+        async for study_uid, rehearsed in _rehearsed(desk, list(ids), limits):
+            word, detail = await asyncio.to_thread(_verdict, desk, study_uid, rehearsed)
+            results.append((ids[study_uid], word, orjson.dumps(detail).decode() if detail else None))
+        jobs.compared(desk.state, results, now=desk.clock.now())
+        counts = jobs.progress(desk.state, job)
+        desk.progress(counts.done, counts.states.total())
+
+
+def _verdict(desk: Desk, study_uid: str, rehearsed: Rehearsed) -> tuple[str, dict[str, Json]]:
+    """In one word how the three differ, and the details; `same` where they do not."""
+    detail: dict[str, Json] = {"changes": _changes(rehearsed)}
+    if unknown := _not_dismissed(desk, study_uid, rehearsed.failures):
+        twice = any(one.kind == "ambiguous" and "ImagingStudy" in one.message for one in unknown)
+        detail["failures"] = sorted({one.kind for one in unknown})
+        return "duplicates" if twice else "failed", detail
+    word = _difference(rehearsed)
+    if word is None and not rehearsed.failures and _unrecorded(desk, study_uid, rehearsed.row):
+        word = "unrecorded"
+    return (word, detail) if word else (_SAME, {})
+
+
+def _difference(rehearsed: Rehearsed) -> str | None:
+    """Between DICOM and FHIR; None where there is none."""
+    study = [one for one in rehearsed.writes if one.type == "ImagingStudy"]
+    actions = {one.action for one in study}
+    if rehearsed.outcome == "deleted" or "delete" in actions:
+        return "extra"
+    if "create" in actions:
+        return "missing"
+    if any({"numberOfSeries", "numberOfInstances"} & {*one.elements} for one in study):
+        return "counts"
+    return "content" if rehearsed.writes else None
+
+
+def _unrecorded(desk: Desk, study_uid: str, wanted: store.Study | None) -> bool:
+    """Whether the database says otherwise of a study whose FHIR content is right."""
+    if wanted is None or wanted.outcome == "deleted":
+        return False
+    row = desk.state.study_row(desk.feed_id, study_uid)
+    columns = ("outcome", "imaging_study", "series", "instances")
+    return row is None or any(row[name] != getattr(wanted, name) for name in columns)
+
+
+def _not_dismissed(desk: Desk, study_uid: str, failures: Iterable[store.Failure]) -> list[store.Failure]:
+    found = list(failures)
+    if not found:
+        return []
+    rows = desk.state.failures(desk.feed_id, statuses=("dismissed",), study_uid=study_uid)
+    known = {(row["kind"], row["sop_instance_uid"]) for row in rows}
+    gathered = {row["kind"] for row in rows if row["instances"] > 1}
+    return [one for one in found if (one.kind, one.sop_instance_uid) not in known and one.kind not in gathered]
+
+
+async def _repair(
+    desk: Desk, job: jobs.Job, differing: dict[int, dict[str, Json]], limits: Limits, *, checked: int
+) -> int:
+    """Reconcile what differs; how many are mended."""
+    extra = sum(one["kind"] == "extra" for one in differing.values())
+    if too_many(extra, of=checked, allowed=limits.allow_deletes):
+        raise errors.NeedsPerson(
+            f"{extra} of {checked} studies would be taken out of FHIR; where that is right, say --allow-deletes {extra}"
+        )
+    jobs.put_back(desk.state, differing, as_="waiting")
+    await _work_through(desk, job)
+    results = jobs.results(desk.state, job)
+    for work_id, one in differing.items():
+        one["repaired"] = results.get(work_id) in _COUNTED
+    return sum(one["repaired"] for one in differing.values())
+
+
+async def _orphans(desk: Desk) -> list[dict[str, Json]]:
+    """Endpoints that dicomcast made, that are not this feed's, and that no ImagingStudy refers to."""
+    ours, hits = await desk.patience.with_("fhir", desk.links.endpoints)
+    found = []
+    for one in hits:
+        if not resources.is_tagged(one.resource) or (ours is not None and one.id == ours.id):
+            continue
+        used = Query("ImagingStudy", (("endpoint", one.reference), ("_elements", "identifier"), ("_count", "1")))
+        if not [held async for page in desk.fhir.each(used) for held in page]:
+            found.append({"study_instance_uid": None, "kind": "orphaned-endpoint", "endpoint": one.id})
+    return found
+
+
+def _study_uid(held: resources.Held) -> str | None:
+    identifiers = held.resource.get("identifier") or ()
+    named = (str(one.get("value")) for one in identifiers if one.get("system") == "urn:dicom:uid")
+    return next((value.removeprefix("urn:oid:") for value in named if value.startswith("urn:oid:")), None)
+
+
+# backfill -------------------------------------------------------------------------------------------------------------
+
+
+async def backfill(
+    desk: Desk, limits: Limits, *, dates: tuple[date, date] | None = None, file: Path | None = None
+) -> Report:
+    """Bring studies into FHIR that the feed does not tell of: those of some days, of a file (a UID a line), or all.
+
+    After `all`, a feed that was never begun begins at its newest entry of before the listing.
+    """
+    named = _named(file) if file is not None else None
+    scope = f"--from {dates[0]} --to {dates[1]}" if dates else f"--studies-file {file.name}" if file else "--all"
+    job = desk.begin("backfill", scope, limits)
+    if not job.listed:
+        await desk.patience.unless_stopped(_list_for_backfill(desk, job, dates=dates, named=named))
+    done = await _work_through(desk, job)
+    document = {
+        "listed": done.states.total(),
+        **{word: done.results[word] for word in (*_COUNTED, "failed")},
+        "handover": jobs.again(desk.state, job).handover,
+    }
+    return Report(document, amiss=done.results["failed"] > 0, stopped=desk.stop.signal, left=done.left)
+
+
+async def _list_for_backfill(
+    desk: Desk, job: jobs.Job, *, dates: tuple[date, date] | None, named: Sequence[str] | None
+) -> None:
+    if job.handover is None:
+        latest = await desk.patience.with_("dicom", desk.dicom.latest)
+        jobs.hand_over_at(desk.state, job, latest.sequence if latest else 0)
+    place, _, offset = (job.cursor or "").partition(" ")
+    if named is not None:
+        jobs.add(desk.state, job, named)
+    elif dates is None:
+        await _list_dicom(desk, job, offset=int(offset or 0))
+    else:
+        first = date.fromisoformat(place) if place else dates[0]
+        while first <= dates[1]:
+            last = min(first + _WINDOW, dates[1])
+            await _list_dicom(desk, job, offset=int(offset or 0), dates=(first, last))
+            first, offset = last + timedelta(days=1), ""
+    jobs.listed(desk.state, job, whole=named is None and dates is None, now=desk.clock.now())
+
+
+def _named(file: Path) -> list[str]:
+    """Study Instance UIDs of a file, one a line; blank lines and what follows a # do not count."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as unreadable:
+        raise errors.Misconfigured([f"--studies-file {file}: can't be read ({type(unreadable).__name__})"]) from None
+    uids = {at: line.partition("#")[0].strip() for at, line in enumerate(lines, 1)}
+    wrong = [at for at, uid in uids.items() if uid and not values.is_uid(uid)]
+    if wrong:
+        raise errors.Misconfigured([f"--studies-file {file}: line {at} is no UID" for at in wrong[:20]])
+    return list(dict.fromkeys(uid for uid in uids.values() if uid))
+
+
+# The state itself -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _state(options: settings.Settings) -> Iterator[tuple[store.Store, store.Row]]:
+    """The database and the feed's row. Raises `Misconfigured` where nothing of this feed was ever synced."""
+    with app.known(options) as (state, feed):
+        if feed is None:
+            raise errors.Misconfigured([f"database.url: nothing is known there of the feed {options.feed_name}"])
+        yield state, feed
+
+
+def dismiss(
+    options: settings.Settings, *, ids: Sequence[int], kind: str | None, study_uid: str | None, reason: str
+) -> list[int]:
+    """Failures that are to be open no more; ids of those that were."""
+    with _state(options) as (state, feed):
+        return operators.dismiss(
+            state,
+            feed["id"],
+            ids=ids,
+            kind=kind,
+            study_uid=study_uid,
+            reason=reason,
+            who=operator(),
+            now=Clock().now(),
+        )
+
+
+def prune(options: settings.Settings, *, before: datetime) -> dict[str, int]:
+    """Remove what was over before then; rows by table."""
+    with _state(options) as (state, feed):
+        return operators.prune(state, feed["id"], before=before, who=operator(), now=Clock().now())
+
+
+def position(options: settings.Settings) -> operators.Position | None:
+    """Where the feed is; None where it was never begun. Raises `Incompatible` where that can't be read."""
+    with app.known(options) as (state, feed):
+        return operators.position(state, feed["id"]) if feed is not None else None
+
+
+def set_position(options: settings.Settings, wanted: operators.Position, *, action: str) -> None:
+    """Put the feed there, under its lease. Raises `LeaseHeld` beside a worker."""
+    with closing(store.Store(options.database.url, clock=Clock())) as state:
+        state.open()
+        who = operator()
+        lease = state.acquire(options.feed_name, url=options.dicom.url, owner=f"{who}:{action}"[:128], seconds=30)
+        try:
+            operators.set_position(state, lease, wanted, action=action, who=who, now=Clock().now())
+        finally:
+            state.release(lease)
+
+
+def audited(options: settings.Settings, *, limit: int) -> list[store.Row]:
+    """The latest actions of operators, the newest first."""
+    with app.known(options) as (state, feed):
+        return operators.audited(state, feed["id"], limit=limit) if feed is not None else []
+
+
+def waiting(options: settings.Settings) -> list[store.Row]:
+    """Jobs that are not done with."""
+    with app.known(options) as (state, feed):
+        return jobs.unfinished(state, feed["id"]) if feed is not None else []
+
+
+def cancel(options: settings.Settings, job_id: int) -> int:
+    """Give up what a job still waits for; how many studies."""
+    with _state(options) as (state, feed):
+        return jobs.cancel(state, feed["id"], job_id, by=operator(), now=Clock().now())

@@ -1,0 +1,127 @@
+"""Studies that somebody has asked for: taken from the database a few at a time, behind the live traffic."""
+
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+
+from dicomcast import errors
+from dicomcast.clock import Clock
+from dicomcast.state import jobs, store
+from dicomcast.state.jobs import Work
+from dicomcast.sync.changes import StudyChange
+from dicomcast.sync.ledger import Ledger, in_thread
+
+_AT_HAND = 200
+_ASK_EVERY = 1.0
+_MAY_DELETE = 20
+_MAY_DELETE_SHARE = 0.05
+"""A job that would take more studies than this out of FHIR, and more than this share of all, waits for an operator."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job as this worker goes through it: studies looked at, those that it takes out of FHIR, and its pace."""
+
+    looked: int
+    deleted: int
+    per_second: float | None
+    allow_deletes: int | None
+    since: float
+    """When `left` was so."""
+    left: float = 1.0
+    """Studies that it may start at once."""
+    ends: set[str] = field(default_factory=set)
+
+    def may_start(self, now: float) -> bool:
+        """Whether its pace allows one more."""
+        if self.per_second is None:
+            return True
+        self.left = min(max(1.0, self.per_second), self.left + self.per_second * (now - self.since))
+        self.since = now
+        return self.left >= 1
+
+
+class Backlog:
+    """What waits in `work`; with `job` only that one's."""
+
+    def __init__(self, state: store.Store, *, ledger: Ledger, clock: Clock, job: int | None = None):
+        self._store = state
+        self._ledger = ledger
+        self._clock = clock
+        self._job = job
+        self._at_hand: deque[Work] = deque()
+        self._taken: set[int] = set()
+        """Rows that are being worked on, or whose result is not in the database yet."""
+        self._asked: float | None = None
+        self._jobs: dict[int, _Running] = {}
+        self.idle = False
+        """Whether nothing was waiting when last asked."""
+
+    async def fill(self) -> None:
+        """Look for more where none is at hand: at once after there was some, else every second."""
+        now = self._clock.monotonic()
+        if self._at_hand or (self.idle and self._asked is not None and now - self._asked < _ASK_EVERY):
+            return
+        self._asked = now
+        resting = [job_id for job_id, job in self._jobs.items() if not job.may_start(now)]
+        ask = partial(jobs.due, self._store, self._ledger.lease, now=self._clock.now(), passing_over=resting)
+        found = await in_thread(ask, only=self._job, limit=len(self._taken) + _AT_HAND)
+        for work in found:
+            if work.job_id is not None and work.job_id not in self._jobs:
+                results = await in_thread(jobs.done_by, self._store, work.job_id)
+                looked, deleted = results.total(), results["deleted"]
+                self._jobs[work.job_id] = _Running(looked, deleted, work.per_second, work.allow_deletes, since=now)
+        self._taken &= {work.id for work in found}
+        self._at_hand.extend(work for work in found if work.id not in self._taken)
+        self.idle = not self._at_hand and not resting
+
+    def take(self, busy: Collection[str]) -> list[Work]:
+        """All that is at hand of the next study that no lane is `busy` with; empty where there is none."""
+        now = self._clock.monotonic()
+        while self._at_hand:
+            first = self._at_hand.popleft()
+            job = self._jobs.get(first.job_id) if first.job_id is not None else None
+            if first.study_instance_uid in busy or (job is not None and not job.may_start(now)):
+                continue  # it is read again when the others are done
+            if job is not None:
+                job.left -= 1
+            same = [first, *(one for one in self._at_hand if one.study_instance_uid == first.study_instance_uid)]
+            self._taken |= {one.id for one in same}
+            self._at_hand = deque(one for one in self._at_hand if one.id not in self._taken)
+            return same
+        return []
+
+    def done(self, change: StudyChange, result: str) -> None:
+        """What came of the work that a change carried."""
+        for work in change.work:
+            self._ledger.worked(work.id, result)
+            if work.job_id is not None:
+                self._jobs[work.job_id].looked += 1
+
+    def may_end(self, change: StudyChange) -> None:
+        """Before a study is taken out of FHIR. Raises `Held` where only an operator's work says so, and it is too much.
+
+        What the feed itself says needs no leave.
+        """
+        for work in change.work if not change.sequences else ():
+            if work.job_id is None:
+                continue
+            job = self._jobs[work.job_id]
+            ends = job.ends | {change.study_uid}
+            if too_many(job.deleted + len(ends), of=job.looked + 1, allowed=job.allow_deletes):
+                many = job.deleted + len(job.ends)
+                raise errors.Held(work.job_id, f"more than {many} studies would be taken out of FHIR")
+            job.ends = ends
+
+    async def hold(self, held: errors.Held) -> None:
+        """Leave the rest of a job until an operator says more."""
+        await in_thread(jobs.hold, self._store, held.job_id, str(held))
+        self._at_hand = deque(work for work in self._at_hand if work.job_id != held.job_id)
+
+
+def too_many(deletes: int, *, of: int, allowed: int | None) -> bool:
+    """Whether so many studies may not go without a word of an operator."""
+    if allowed is not None:
+        return deletes > allowed
+    return deletes > _MAY_DELETE and deletes > _MAY_DELETE_SHARE * of
