@@ -21,7 +21,7 @@ from dicomcast import errors, mapping, settings, wire
 from dicomcast.clock import Clock
 from dicomcast.dicom.service import DicomService
 from dicomcast.fhir.service import FhirService
-from dicomcast.state import store
+from dicomcast.state import jobs, store
 from dicomcast.sync.ledger import Outcome
 from dicomcast.sync.rehearsal import Unwritten
 from dicomcast.sync.worker import Worker
@@ -249,10 +249,12 @@ def status(options: settings.Settings) -> dict[str, Json]:
                 "feed": {"url": options.dicom.url, **nothing},
                 "studies": {},
                 "failures": {"open": 0, "by_kind": {}},
+                "jobs": [],
                 "lease": {"owner": None, "until": None, "held": False},
             }
         now = opened.now()
         studies, failures = opened.counts(feed["id"])
+        waiting = jobs.unfinished(opened, feed["id"])
     feed |= asyncio.run(_asked(options, now))
     behind = max(0, feed["latest"] - (feed["watermark"] or 0))
     since = feed["current_at"] or feed["seen_at"]
@@ -269,6 +271,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
         },
         "studies": studies,
         "failures": {"open": sum(failures.values()), "by_kind": failures},
+        "jobs": [{name: job[name] for name in ("id", "verb", "left", "held")} for job in waiting],
         "lease": {"owner": feed["lease_owner"], "until": feed["lease_until"], "held": held},
     }
 

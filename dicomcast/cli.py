@@ -191,9 +191,10 @@ def status(
         **{f"studies {outcome}": count for outcome, count in now["studies"].items()},
         "failures open": now["failures"]["open"],
         **{f"failures {kind}": count for kind, count in now["failures"]["by_kind"].items()},
+        **{f"job {job['id']}": _cell([job["verb"], f"{job['left']} left", job["held"]]) for job in now["jobs"]},
         **{f"lease {name}": value for name, value in now["lease"].items()},
     }
-    _print(output, now, [{name: value for name, value in flat.items() if name != "work"}], title="Status")
+    _print(output, now, [flat], title="Status")
     lag = now["feed"]["lag_seconds"]
     if longest is not None and (lag is None or lag > longest):
         _say("The feed was never read." if lag is None else f"The worker is {lag:.0f} s behind.")
@@ -774,7 +775,7 @@ def _cell(value: Json) -> str:
     if isinstance(value, datetime):
         return value.isoformat(timespec="seconds")
     if isinstance(value, list | tuple):
-        return ", ".join(map(_cell, value))
+        return ", ".join(_cell(one) for one in value if one is not None)
     return "" if value is None else str(value)
 
 

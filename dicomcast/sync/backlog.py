@@ -52,7 +52,7 @@ class Backlog:
         self._job = job
         self._at_hand: deque[Work] = deque()
         self._taken: set[int] = set()
-        """Rows that are being worked on, or whose result is not in the database yet."""
+        """Rows that are being worked on."""
         self._asked: float | None = None
         self._jobs: dict[int, _Running] = {}
         self.idle = False
@@ -64,16 +64,16 @@ class Backlog:
         if self._at_hand or (self.idle and self._asked is not None and now - self._asked < _ASK_EVERY):
             return
         self._asked = now
+        known = self._taken | self._ledger.uncommitted_work
         resting = [job_id for job_id, job in self._jobs.items() if not job.may_start(now)]
         ask = partial(jobs.due, self._store, self._ledger.lease, now=self._clock.now(), passing_over=resting)
-        found = await in_thread(ask, only=self._job, limit=len(self._taken) + _AT_HAND)
+        found = await in_thread(ask, only=self._job, limit=len(known) + _AT_HAND)
         for work in found:
             if work.job_id is not None and work.job_id not in self._jobs:
                 results = await in_thread(jobs.done_by, self._store, work.job_id)
                 looked, deleted = results.total(), results["deleted"]
                 self._jobs[work.job_id] = _Running(looked, deleted, work.per_second, work.allow_deletes, since=now)
-        self._taken &= {work.id for work in found}
-        self._at_hand.extend(work for work in found if work.id not in self._taken)
+        self._at_hand.extend(work for work in found if work.id not in known)
         self.idle = not self._at_hand and not resting
 
     def take(self, busy: Collection[str]) -> list[Work]:
@@ -96,6 +96,7 @@ class Backlog:
         """What came of the work that a change carried."""
         for work in change.work:
             self._ledger.worked(work.id, result)
+            self._taken.discard(work.id)
             if work.job_id is not None:
                 self._jobs[work.job_id].looked += 1
 

@@ -229,6 +229,11 @@ class Ledger:
         """Work that somebody asked for is done; its row says so with the study's."""
         self._effects.worked[work_id] = result
 
+    @property
+    def uncommitted_work(self) -> set[int]:
+        """Work that is done, and of which the database does not know it yet."""
+        return {one for effects in (self._effects, self._writing) if effects for one in effects.worked}
+
     def look_again(self, study_uid: str, *, seconds: float) -> None:
         """A study must be looked at once more when this time has passed, by whoever holds the lease then."""
         self._effects.again[study_uid] = self._clock.now() + timedelta(seconds=seconds)

@@ -1,0 +1,307 @@
+"""Replay: what failed is read anew, by whoever holds the lease; beside a worker, after a stop, and as a rehearsal."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+from hospital import Hospital, a_study, uid, until
+
+from dicomcast import app, errors, operations
+from dicomcast.state import jobs, operators, store
+
+Json = Any
+NO_LIMITS = operations.Limits()
+
+
+@pytest.fixture
+def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
+    """A hospital on the sandbox, with its state once in SQLite and once in PostgreSQL."""
+    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, database_url)
+    yield one
+    one.close()
+
+
+def replay(
+    hospital: Hospital, *, dry_run: bool = False, limits: Any = NO_LIMITS, **selection: Any
+) -> operations.Report:
+    verb = partial(operations.replay, selection=operations.Selection(**selection), limits=limits, dry_run=dry_run)
+    return asyncio.run(operations.at_desk(hospital.options(), verb, clock=hospital.clock))
+
+
+def counts(report: operations.Report) -> dict[str, int]:
+    """Without the zeros."""
+    return {name: count for name, count in report.document.items() if isinstance(count, int) and count}
+
+
+@contextlib.contextmanager
+def opened(hospital: Hospital) -> Iterator[tuple[store.Store, int]]:
+    with contextlib.closing(store.Store(hospital.database, clock=hospital.clock)) as state:
+        state.open()
+        yield state, state.know(hospital.options().feed_name, url=hospital.dicom_url)
+
+
+def a_failing_study() -> list[Any]:
+    """Two instances, one of them without PatientID."""
+    study = a_study(instances=2)
+    study[1].PatientID = ""
+    return study
+
+
+def corrected(hospital: Hospital, *studies: list[Any]) -> None:
+    """The archive has the missing PatientIDs now; nothing was synced since."""
+    for study in studies:
+        hospital.modality.delete(uid(study[1]), str(study[1].SeriesInstanceUID), str(study[1].SOPInstanceUID))
+        study[1].PatientID = study[0].PatientID
+        hospital.send(study[1])
+
+
+def test_study_with_an_impossible_tag_stands_alone_until_it_is_corrected_and_replayed(clinic: Hospital) -> None:
+    """Acceptance scenario 3."""
+    others, failing = [a_study() for _ in range(20)], a_failing_study()
+    clinic.send(*(one for study in others for one in study), *failing)
+    clinic.sync()
+    parked = clinic.kinds()
+    corrected(clinic, failing)
+    before = clinic.versions()
+
+    first = replay(clinic, everything=True)
+    after = clinic.versions()
+    second = replay(clinic, everything=True)
+
+    assert parked == ["patient-id-missing"]
+    assert (counts(first), first.amiss) == ({"replayed": 1, "updated": 1}, False)
+    assert [one[1] for one in after if one not in before] == [clinic.study(uid(failing[0]))["id"]]
+    assert (counts(second), second.amiss, clinic.versions()) == ({}, False, after)
+    assert [(one["status"], one["resolution"]) for one in clinic.failures("resolved")] == [("resolved", "mapped")]
+    clinic.check(uid(failing[0]))
+
+
+def test_what_still_fails_is_said(clinic: Hospital) -> None:
+    clinic.send(*a_failing_study(), *a_study())
+    clinic.sync()
+
+    done = replay(clinic, everything=True)
+
+    assert (counts(done), done.amiss) == ({"replayed": 1, "still_failing": 1}, True)
+    assert [(one["kind"], one["attempts"]) for one in clinic.failures()] == [("patient-id-missing", 2)]
+
+
+def test_studies_are_chosen_by_failure_study_series_and_kind(clinic: Hospital) -> None:
+    studies = [a_failing_study() for _ in range(5)]
+    clinic.send(*(one for study in studies for one in study))
+    clinic.sync()
+    corrected(clinic, *studies)
+    by_study = {one["study_instance_uid"]: one["id"] for one in clinic.failures()}
+
+    chosen: list[dict[str, Any]] = [
+        {"ids": (by_study[uid(studies[0][0])],)},
+        {"studies": (uid(studies[1][0]),)},
+        {"series": (str(studies[2][0].SeriesInstanceUID),)},
+        {"kinds": ("patient-id-missing", "ambiguous"), "limit": 1},
+        {"since": "1d"},
+    ]
+    done = [counts(replay(clinic, **selection)) for selection in chosen]
+
+    assert done == [{"replayed": 1, "updated": 1}] * 5
+    assert clinic.failures() == []
+
+
+def test_study_that_was_never_synced_can_be_named(clinic: Hospital) -> None:
+    study = a_study(instances=3)
+    clinic.send(*study)
+
+    named = replay(clinic, series=(str(study[0].SeriesInstanceUID),))
+    again = replay(clinic, studies=(uid(study[0]),))
+
+    assert (counts(named), counts(again)) == ({"replayed": 1, "created": 1}, {"replayed": 1, "unchanged": 1})
+    clinic.check(uid(study[0]))
+    assert clinic.sync() == {"unchanged": 1}
+
+
+@pytest.mark.parametrize("selection", [{"ids": (77,)}, {"series": ("1.2.3.4",)}])
+def test_what_nobody_knows_is_an_error(hospital: Hospital, selection: Any) -> None:
+    with pytest.raises(errors.Misconfigured, match=r"77|1\.2\.3\.4"):
+        replay(hospital, **selection)
+
+
+def test_rehearsal_names_what_would_change_and_changes_nothing(clinic: Hospital) -> None:
+    failing, changed, gone, new, right = a_failing_study(), a_study(), a_study(), a_study(), a_study()
+    clinic.send(*failing, *changed, *gone, *right)
+    clinic.sync()
+    corrected(clinic, failing)
+    clinic.modality.correct([uid(changed[0])], {"StudyDescription": "Thorax", "PatientName": "Other^Name"})
+    clinic.modality.delete(uid(gone[0]))
+    clinic.send(*new)
+    versions, rows = clinic.versions(), clinic.failures()
+    every = tuple(uid(study[0]) for study in (failing, changed, gone, new, right))
+
+    told = replay(clinic, studies=every, dry_run=True)
+
+    found = {one["study_instance_uid"]: one for one in told.document["studies"]}
+    changes = {study: one["changes"] for study, one in found.items()}
+    assert counts(told) == {"replayed": 5, "created": 1, "updated": 2, "unchanged": 1, "deleted": 1, "dry_run": True}
+    assert changes[uid(failing[0])] == [
+        {
+            "action": "update",
+            "resource": "ImagingStudy",
+            "elements": ["numberOfInstances", "series.instance", "series.numberOfInstances"],
+        }
+    ]
+    assert changes[uid(changed[0])] == [
+        {"action": "update", "resource": "Patient", "elements": ["name"]},
+        {"action": "update", "resource": "ImagingStudy", "elements": ["description"]},
+    ]
+    assert [one["action"] for one in changes[uid(gone[0])]] == ["delete"]
+    assert [one["action"] for one in changes[uid(new[0])]] == ["create", "create"]
+    assert (clinic.versions(), clinic.failures()) == (versions, rows)
+    real = replay(clinic, studies=every)
+    assert counts(real) == {"replayed": 5, "created": 1, "updated": 2, "unchanged": 1, "deleted": 1}
+
+
+def test_other_mapping_is_brought_to_all_studies_and_then_to_none(clinic: Hospital) -> None:
+    studies = [a_study() for _ in range(4)]
+    clinic.send(*(study[0] for study in studies))
+    clinic.sync()
+    clinic.flags["accession"] = {"system": "urn:oid:9.9"}
+
+    first, second = replay(clinic, outdated=True), replay(clinic, outdated=True)
+
+    assert (counts(first), counts(second)) == ({"replayed": 4, "updated": 4}, {})
+    clinic.check(uid(studies[0][0]))
+
+
+def test_job_that_was_stopped_is_taken_up_by_the_same_call(clinic: Hospital) -> None:
+    studies = [a_study() for _ in range(6)]
+    clinic.send(*(study[0] for study in studies))
+    clinic.sync()
+    clinic.flags["accession"] = {"system": "urn:oid:9.9"}
+    with opened(clinic) as (state, feed_id):
+        job = jobs.begin(state, feed_id, "replay", "--outdated", by="me", now=clinic.clock.now())
+        jobs.add(state, job, [uid(study[0]) for study in studies[:2]])
+        jobs.listed(state, job, now=clinic.clock.now())
+
+    taken_up, whole = replay(clinic, outdated=True), replay(clinic, outdated=True)
+
+    assert (counts(taken_up), counts(whole)) == ({"replayed": 2, "updated": 2}, {"replayed": 4, "updated": 4})
+
+
+def test_sync_does_what_a_stopped_job_has_left(clinic: Hospital) -> None:
+    study = a_failing_study()
+    clinic.send(*study)
+    clinic.sync()
+    corrected(clinic, study)
+    with opened(clinic) as (state, feed_id):
+        job = jobs.begin(state, feed_id, "replay", "--all", by="me", now=clinic.clock.now())
+        jobs.add(state, job, [uid(study[0])])
+        jobs.listed(state, job, now=clinic.clock.now())
+        waiting = jobs.unfinished(state, feed_id)
+        clinic.sync()
+
+        assert ([one["left"] for one in waiting], jobs.unfinished(state, feed_id)) == ([1], [])
+    assert clinic.failures() == []
+
+
+def test_work_that_was_given_up_is_not_done(clinic: Hospital) -> None:
+    study = a_study()
+    clinic.send(*study)
+    with opened(clinic) as (state, feed_id):
+        job = jobs.begin(state, feed_id, "backfill", "--all", by="me", now=clinic.clock.now())
+        jobs.add(state, job, ["1.2.3.4"])
+        given_up = jobs.cancel(state, feed_id, job.id, by="me", now=clinic.clock.now())
+        clinic.sync()
+
+        assert (given_up, jobs.unfinished(state, feed_id)) == (1, [])
+        assert state.study_row(feed_id, "1.2.3.4") is None
+        assert [one["action"] for one in operators.audited(state, feed_id, limit=9)] == ["cancel", "backfill"]
+
+
+def test_replay_beside_a_worker_follows_what_that_one_does(clinic: Hospital) -> None:
+    study = a_failing_study()
+    clinic.send(*study)
+    clinic.sync()
+    with clinic.dicomcast("run", DICOMCAST_WEB__PORT="0", DICOMCAST_DICOM__POLL="3600") as worker:
+        until(lambda: app.status(clinic.options())["lease"]["held"])
+        owner = app.status(clinic.options())["lease"]["owner"]
+        # No entry of the feed is read meanwhile, and all the same it is put right.
+        corrected(clinic, study)
+        verb = partial(operations.replay, selection=operations.Selection(everything=True), limits=NO_LIMITS)
+        done = asyncio.run(operations.at_desk(clinic.options(), verb))
+
+        assert (counts(done), clinic.failures()) == ({"replayed": 1, "updated": 1}, [])
+        assert app.status(clinic.options())["lease"]["owner"] == owner
+        worker.terminate()
+        assert worker.wait(timeout=30) == 143
+
+
+def test_pace_is_kept(clinic: Hospital) -> None:
+    studies = [a_study() for _ in range(5)]
+    clinic.send(*(study[0] for study in studies))
+    began = clinic.clock.monotonic()
+
+    done = replay(clinic, studies=tuple(uid(study[0]) for study in studies), limits=operations.Limits(per_second=0.05))
+
+    assert counts(done) == {"replayed": 5, "created": 5}
+    assert clinic.clock.monotonic() - began >= 4 / 0.05
+
+
+def gone(hospital: Hospital, count: int, *, of: int) -> list[str]:
+    """Studies that FHIR shows and the archive has no more; the feed's word of it was not read."""
+    studies = [a_study() for _ in range(of)]
+    hospital.send(*(study[0] for study in studies))
+    hospital.sync()
+    for study in studies[:count]:
+        hospital.modality.delete(uid(study[0]))
+    return [uid(study[0]) for study in studies]
+
+
+def test_replay_that_would_delete_much_stops_and_asks(clinic: Hospital) -> None:
+    studies = gone(clinic, 23, of=30)
+
+    with pytest.raises(errors.NeedsPerson, match="--allow-deletes"):
+        replay(clinic, studies=tuple(studies))
+    left = len(clinic.search("ImagingStudy"))
+    allowed = replay(clinic, studies=tuple(studies), limits=operations.Limits(allow_deletes=23))
+
+    assert left == 10
+    assert (counts(allowed), len(clinic.search("ImagingStudy"))) == ({"replayed": 30, "deleted": 23, "unchanged": 7}, 7)
+
+
+def test_what_the_feed_itself_deletes_needs_no_leave(clinic: Hospital) -> None:
+    gone(clinic, 23, of=30)
+
+    assert clinic.sync() == {"deleted": 23}
+
+
+def test_few_deletes_need_no_leave(clinic: Hospital) -> None:
+    studies = gone(clinic, 20, of=20)
+
+    assert counts(replay(clinic, studies=tuple(studies))) == {"replayed": 20, "deleted": 20}
+
+
+def test_service_that_is_away_ends_a_replay_and_leaves_its_work(clinic: Hospital) -> None:
+    study = a_failing_study()
+    clinic.send(*study)
+    clinic.sync()
+    corrected(clinic, study)
+    clinic.fault("fhir", method="PUT", status=503)
+    clinic.patience = 20
+    with pytest.raises(errors.Unavailable, match="503"):
+        replay(clinic, everything=True)
+    clinic.heal()
+
+    assert counts(replay(clinic, everything=True)) == {"replayed": 1, "updated": 1}
+
+
+def test_worker_that_comes_to_nothing_is_not_waited_for_longer_than_patience(clinic: Hospital) -> None:
+    clinic.send(*a_failing_study())
+    clinic.sync()
+    with opened(clinic) as (state, _):
+        state.acquire(clinic.options().feed_name, url=clinic.dicom_url, owner="another", seconds=10**6)
+        clinic.patience = 5
+        with pytest.raises(errors.LeaseHeld):
+            replay(clinic, everything=True)
+
+        assert [one["verb"] for one in app.status(clinic.options())["jobs"]] == ["replay"]
