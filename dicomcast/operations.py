@@ -26,7 +26,7 @@ from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService, Query
 from dicomcast.state import jobs, operators, store, tables
 from dicomcast.sync.backlog import too_many
-from dicomcast.sync.ledger import Ledger
+from dicomcast.sync.ledger import Ledger, in_thread
 from dicomcast.sync.links import Links
 from dicomcast.sync.patience import Patience, Stopped
 from dicomcast.sync.rehearsal import Rehearsal, Rehearsed
@@ -170,7 +170,7 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
     """Until all of a job's work is done: by the worker that holds the lease, or by ourselves where none does."""
     known, since = -1, desk.clock.monotonic()
     while True:
-        now = await asyncio.to_thread(jobs.progress, desk.state, job)
+        now = await in_thread(jobs.progress, desk.state, job)
         desk.progress(now.done, now.states.total())
         if now.held is not None and now.left:
             raise errors.NeedsPerson(
@@ -181,7 +181,7 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
             return now
         if now.done != known:
             known, since = now.done, desk.clock.monotonic()
-        if not await asyncio.to_thread(desk.worked_on):
+        if not await in_thread(desk.worked_on):
             try:
                 await _work(desk, job)
             except (errors.LeaseHeld, errors.LeaseLost):
@@ -201,7 +201,7 @@ async def _work(desk: Desk, job: jobs.Job) -> None:
 
     async def show() -> None:
         while True:
-            now = await asyncio.to_thread(jobs.progress, desk.state, job)
+            now = await in_thread(jobs.progress, desk.state, job)
             desk.progress(now.done, now.states.total())
             await desk.clock.sleep(_LOOK_EVERY)
 
@@ -424,7 +424,7 @@ async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> None:
         ids = {work.study_instance_uid: work.id for work in some}
         results = []
         async for study_uid, rehearsed in _rehearsed(desk, list(ids), limits):
-            word, detail = await asyncio.to_thread(_verdict, desk, study_uid, rehearsed)
+            word, detail = await in_thread(_verdict, desk, study_uid, rehearsed)
             results.append((ids[study_uid], word, orjson.dumps(detail).decode() if detail else None))
         jobs.compared(desk.state, results, now=desk.clock.now())
         counts = jobs.progress(desk.state, job)
