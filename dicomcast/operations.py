@@ -8,11 +8,12 @@ import asyncio
 import getpass
 import platform
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ Progress = Callable[[int, int], None]
 """Called with the studies that are done, and all of them."""
 
 _LOOK_EVERY = 0.5
-_COMPARED_AT_ONCE = 8
+_COMPARED_AT_ONCE = 16
 _COMPARED_TOGETHER = 200
 _WINDOW = timedelta(days=31)
 _SAME = "same"
@@ -168,7 +169,8 @@ async def at_desk(
 
 async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
     """Until all of a job's work is done: by the worker that holds the lease, or by ourselves where none does."""
-    known, since = -1, desk.clock.monotonic()
+    known: tuple[int, ...] = ()
+    since = desk.clock.monotonic()
     while True:
         now = await in_thread(jobs.progress, desk.state, job)
         desk.progress(now.done, now.states.total())
@@ -179,8 +181,9 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
             )
         if not now.left or desk.stop.is_set():
             return now
-        if now.done != known:
-            known, since = now.done, desk.clock.monotonic()
+        moved = await in_thread(jobs.traffic, desk.state, desk.feed_id)
+        if moved != known:
+            known, since = moved, desk.clock.monotonic()
         if not await in_thread(desk.worked_on):
             try:
                 await _work(desk, job)
@@ -225,17 +228,24 @@ async def _work(desk: Desk, job: jobs.Job) -> None:
         await asyncio.gather(shown, return_exceptions=True)
 
 
-async def _rehearsed(desk: Desk, studies: Sequence[str], limits: Limits) -> AsyncIterator[tuple[str, Rehearsed]]:
-    """What a reconcile of each would do; several at once, in order, no more than allowed a second."""
-    pause = 1 / limits.per_second if limits.per_second else 0.0
-    at_once = _COMPARED_AT_ONCE if pause == 0.0 else 1
-    for at in range(0, len(studies), at_once):
-        began, some = desk.clock.monotonic(), studies[at : at + at_once]
-        together = asyncio.gather(*(desk.rehearsal.of(one) for one in some))
-        for study_uid, rehearsed in zip(some, await desk.patience.unless_stopped(together), strict=True):
-            yield study_uid, rehearsed
-        if pause:
-            await desk.patience.wait(pause - (desk.clock.monotonic() - began))
+async def _rehearsed(desk: Desk, studies: Sequence[str], limits: Limits) -> list[Rehearsed]:
+    """What a reconcile of each would do; several at once, and no more than allowed a second."""
+    lanes = asyncio.Semaphore(_COMPARED_AT_ONCE)
+
+    async def one(study_uid: str) -> Rehearsed:
+        async with lanes:
+            return await desk.rehearsal.of(study_uid)
+
+    tasks = []
+    try:
+        for study_uid in studies:
+            tasks.append(asyncio.ensure_future(one(study_uid)))
+            if limits.per_second:
+                await desk.patience.wait(1 / limits.per_second)
+        return list(await desk.patience.unless_stopped(asyncio.gather(*tasks)))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 # replay ---------------------------------------------------------------------------------------------------------------
@@ -258,8 +268,8 @@ async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: b
     return Report(document, amiss=done.results["failed"] > 0, stopped=desk.stop.signal, left=done.left)
 
 
-async def _chosen(desk: Desk, selection: Selection) -> list[str]:
-    """Study Instance UIDs, each once. Raises `NeedsPerson` for a failure or a series that nobody knows."""
+async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
+    """Study Instance UIDs. Raises `Misconfigured` for a failure or a series that nobody knows."""
     state, failure = desk.state, tables.failure.c
     found: dict[str, None] = dict.fromkeys(selection.studies)
     for one in selection.ids:
@@ -279,27 +289,26 @@ async def _chosen(desk: Desk, selection: Selection) -> list[str]:
     narrowed += [failure.last_seen >= settings.moment(selection.since, desk.clock.now())] if selection.since else []
     if selection.everything or narrowed:
         found |= dict.fromkeys(jobs.failing(state, desk.feed_id, *narrowed))
-    if selection.outdated:
-        other = tables.study.c.mapping_digest != desk.rules.digest
-        found |= dict.fromkeys(jobs.known(state, desk.feed_id, other))
-    return list(found)[: selection.limit]
+    other = tables.study.c.mapping_digest != desk.rules.digest
+    outdated = jobs.known(state, desk.feed_id, other) if selection.outdated else ()
+    return islice(chain(found, (uid for uid in outdated if uid not in found)), selection.limit)
 
 
-async def _rehearse(desk: Desk, studies: Sequence[str], limits: Limits) -> Report:
+async def _rehearse(desk: Desk, studies: Iterable[str], limits: Limits) -> Report:
     counts: Counter[str] = Counter()
     rows: list[dict[str, Json]] = []
-    async for study_uid, rehearsed in _rehearsed(desk, studies, limits):
-        counts["failed" if rehearsed.failures else rehearsed.outcome] += 1
-        desk.progress(counts.total(), len(studies))
-        if rehearsed.outcome != "unchanged" or rehearsed.failures:
-            rows.append(
-                {
-                    "study_instance_uid": study_uid,
-                    "outcome": "failed" if rehearsed.failures else rehearsed.outcome,
-                    "changes": _changes(rehearsed),
-                    "failures": sorted({one.kind for one in rehearsed.failures}),
-                }
-            )
+    coming = iter(studies)
+    while some := list(islice(coming, _COMPARED_TOGETHER)):
+        for study_uid, rehearsed in zip(some, await _rehearsed(desk, some, limits), strict=True):
+            outcome = "failed" if rehearsed.failures else rehearsed.outcome
+            counts[outcome] += 1
+            if outcome != "unchanged":
+                kinds = sorted({one.kind for one in rehearsed.failures})
+                changes = _changes(rehearsed)
+                rows.append(
+                    {"study_instance_uid": study_uid, "outcome": outcome, "changes": changes, "failures": kinds}
+                )
+        desk.progress(counts.total(), counts.total() + len(some))
     document = {
         "replayed": counts.total(),
         **{word: counts[word] for word in _COUNTED},
@@ -360,10 +369,7 @@ async def verify(
 
 def _differing(desk: Desk, job: jobs.Job) -> dict[int, dict[str, Json]]:
     rows = jobs.different(desk.state, job, same=_SAME)
-    return {
-        row.id: {"study_instance_uid": row.study_instance_uid, "kind": row.result, **orjson.loads(row.detail)}
-        for row in rows
-    }
+    return {row.id: {"study_instance_uid": row.study_instance_uid, **orjson.loads(row.detail)} for row in rows}
 
 
 async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> None:
@@ -421,11 +427,11 @@ async def _list_dicom(
 async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> None:
     """What waits to be compared, a few at a time; results are kept as they come."""
     while some := jobs.to_compare(desk.state, job, limit=_COMPARED_TOGETHER):
-        ids = {work.study_instance_uid: work.id for work in some}
+        studies = [work.study_instance_uid for work in some]
         results = []
-        async for study_uid, rehearsed in _rehearsed(desk, list(ids), limits):
-            word, detail = await in_thread(_verdict, desk, study_uid, rehearsed)
-            results.append((ids[study_uid], word, orjson.dumps(detail).decode() if detail else None))
+        for work, rehearsed in zip(some, await _rehearsed(desk, studies, limits), strict=True):
+            kind, detail = _verdict(desk, work.study_instance_uid, rehearsed)
+            results.append((work.id, kind, orjson.dumps({"kind": kind, **detail}).decode() if detail else None))
         jobs.compared(desk.state, results, now=desk.clock.now())
         counts = jobs.progress(desk.state, job)
         desk.progress(counts.done, counts.states.total())

@@ -21,6 +21,9 @@ PAGE = 100
 _SEARCHED = 200
 """Studies per page of a search: the most that the service allows."""
 
+_SAME_PAGE = 5
+"""Times that one page comes again before a search counts as one that knows no offset."""
+
 _FEED = {"Accept": "application/json"}
 _DICOM_JSON = {"Accept": "application/dicom+json"}
 _SEQUENCE = re.compile(rb'"sequence"\s*:\s*([1-9][0-9]{0,17})\b', re.IGNORECASE)
@@ -63,7 +66,9 @@ class DicomService:
         try:
             response = await self._service.read("GET", "/v2/changefeed", params=params, headers=_FEED)
         except errors.Rejected as refused:
-            raise errors.Incompatible(f"{refused} to /v2/changefeed: without it dicom.start can't be a time") from None
+            raise errors.Incompatible(
+                f"{refused} to /v2/changefeed: without it a time can't be found in the feed"
+            ) from None
         try:
             entries = feed.page(response.content)
         except ValueError:
@@ -139,12 +144,15 @@ class DicomService:
         """
         days = {"StudyDate": f"{dates[0]:%Y%m%d}-{dates[1]:%Y%m%d}"} if dates else {}
         before: list[str] = []
+        same = 0
         while True:
             found = await self._found("studies", {**days, "limit": _SEARCHED, "offset": offset})
             page = [uid for uid in (values.uid_in(one, "0020000D") for one in found) if uid]
             if not page:
                 return
-            if page == before:
+            # What arrives meanwhile moves the rest back: now and then a page comes twice.
+            same = same + 1 if page == before else 0
+            if same == _SAME_PAGE:
                 raise errors.Unavailable("dicom", "a search answers every offset with the same page")
             yield page
             before, offset = page, offset + len(found) - len(found) // 10

@@ -170,6 +170,14 @@ def progress(state: Store, job: Job) -> Progress:
         return Progress(states, results, _job(connection, job.id).held)
 
 
+def traffic(state: Store, feed_id: int) -> tuple[int, ...]:
+    """What moves while a worker does anything: the watermark, and how much work waits."""
+    work, feed = tables.work, tables.feed
+    waiting = sa.select(sa.func.count()).where(work.c.feed_id == feed_id, work.c.state == "waiting").scalar_subquery()
+    with state.transaction() as connection:
+        return tuple(connection.execute(sa.select(feed.c.watermark, waiting).where(feed.c.id == feed_id)).one())
+
+
 def cancel(state: Store, feed_id: int, job_id: int, *, by: str, now: datetime) -> int:
     """Give up what a job still waits for; how many studies that were."""
     work, table = tables.work, tables.job
