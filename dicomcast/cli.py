@@ -29,8 +29,9 @@ from rich.console import Console
 
 import dicomcast
 from dicomcast import app as verbs
-from dicomcast import authoring, decimals, errors, mapping, operations, settings
+from dicomcast import authoring, decimals, errors, mapping, operations, reporting, settings
 from dicomcast.dicom import values
+from dicomcast.state import reports
 
 Json = Any
 
@@ -483,11 +484,11 @@ def _confirm(what: str, *, yes: bool) -> None:
         raise typer.Exit(1)
 
 
-def _moment(text: str | None) -> datetime | None:
+def _moment(text: str | None, option: str = "--since") -> datetime | None:
     try:
         return settings.moment(text, datetime.now(UTC)) if text is not None else None
     except ValueError as wrong:
-        raise typer.BadParameter(str(wrong), param_hint="--since") from None
+        raise typer.BadParameter(str(wrong), param_hint=option) from None
 
 
 def _duration(text: str, option: str) -> float:
@@ -508,6 +509,26 @@ def _uids(texts: Sequence[str] | None, option: str) -> None:
     for text in texts or ():
         if not values.is_uid(text):
             raise typer.BadParameter(f"{text} is no UID", param_hint=option)
+
+
+@app.command(help=f"Report from sync state: NAME is one of these.\n\n\b\n{reporting.overview()}")
+def report(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="one of the above")],
+    since: Annotated[str | None, typer.Option(help="30d, 12h, or a date; default: 30 days, or all there is")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="most rows; of failures, outdated, issues, slowest")] = None,
+    output: FormatOption = Format.TABLE,
+) -> int:
+    begin, asked = _moment(since), reports.REPORTS.get(name)
+    if asked is None:
+        raise typer.BadParameter(f"{name} is none of {', '.join(reports.REPORTS)}", param_hint="NAME")
+    if begin and asked.since is None:
+        raise typer.BadParameter(f"{name} have no time", param_hint="--since")
+    if limit is not None and not asked.ranked:
+        raise typer.BadParameter(f"{name} shows all of its rows", param_hint="--limit")
+    found = reporting.report(_settings(unused=("fhir",)), name, since=begin, limit=limit)
+    rows = reporting.shortened(found) if output is Format.TABLE else found
+    _print(output, found, rows, title=f"{name.capitalize()} (UTC)", columns=tuple(asked.columns))
+    return 0
 
 
 # Mapping --------------------------------------------------------------------------------------------------------------
@@ -658,12 +679,27 @@ def db_current(output: FormatOption = Format.TABLE) -> int:
     return 0
 
 
+@db_app.command("show")
+def db_show(
+    output: Annotated[
+        RulesFormat, typer.Option("--format", help="table for people; json and csv for programs; markdown to publish")
+    ] = RulesFormat.TABLE,
+) -> int:
+    """Show what is in the database: views and tables, their columns and what they mean."""
+    if output is RulesFormat.MARKDOWN:
+        sys.stdout.buffer.write(reporting.schema_markdown().encode())
+        return 0
+    rows = reporting.schema()
+    _print(Format(output.value), rows, rows, title="State database", columns=tuple(rows[0]))
+    return 0
+
+
 @db_app.command("prune")
 def db_prune(
     older_than: Annotated[str, typer.Option("--older-than", help="90d, 2w, or a date")],
 ) -> int:
     """Remove what has long been over: flushes (their hourly sums stay), resolved failures, finished work."""
-    before = _moment(older_than)
+    before = _moment(older_than, "--older-than")
     assert before is not None
     gone = operations.prune(_settings(unused=("fhir",)), before=before)
     _say("Removed: " + ", ".join(f"{count} rows of {name}" for name, count in gone.items()) + ".")

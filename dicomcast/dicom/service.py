@@ -21,7 +21,7 @@ PAGE = 100
 _SEARCHED = 200
 """Studies per page of a search: the most that the service allows."""
 
-_SAME_PAGE = 5
+_SAME_PAGE = 100
 """Times that one page comes again before a search counts as one that knows no offset."""
 
 _FEED = {"Accept": "application/json"}
