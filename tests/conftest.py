@@ -109,6 +109,14 @@ def hospital(local: Hospital) -> Hospital:
 
 
 @pytest.fixture
+def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
+    """The same, with its state in each database that there is."""
+    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, database_url)
+    yield one
+    one.close()
+
+
+@pytest.fixture
 def everywhere(sandbox: Any, fhir_url: str, tmp_path: Path) -> Iterator[Hospital]:
     """The same, on each FHIR service that there is."""
     one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dicomcast import app, settings
+from dicomcast import app, operations, settings
 from dicomcast.clock import Clock
 from dicomcast.dicom import files
 from dicomcast.sandbox import modality
+from dicomcast.state import store
 
 Json = Any
 SYSTEM = "urn:oid:1.2.3.4"
 PROGRAM = str(Path(sys.executable).with_name("dicomcast"))
 FRESH = {"Cache-Control": "no-cache"}
+NO_LIMITS = operations.Limits()
 
 
 class HurriedClock(Clock):
@@ -98,6 +101,38 @@ class Hospital:
         """One sync: what became of the studies, without the zeros."""
         studies = self.synced(**sections).report["studies"]
         return {word: count for word, count in studies.items() if count}
+
+    def at_desk(self, verb: Any, **arguments: Any) -> operations.Report:
+        """What an operator does."""
+        work = partial(verb, **arguments)
+        return asyncio.run(operations.at_desk(self.options(), work, clock=self.clock))
+
+    def replay(
+        self, *, dry_run: bool = False, limits: operations.Limits = NO_LIMITS, **selection: Any
+    ) -> operations.Report:
+        chosen = operations.Selection(**selection)
+        return self.at_desk(operations.replay, selection=chosen, limits=limits, dry_run=dry_run)
+
+    def verify(self, *, allow_deletes: int | None = None, **arguments: Any) -> operations.Report:
+        limits = operations.Limits(allow_deletes=allow_deletes)
+        return self.at_desk(operations.verify, limits=limits, **arguments)
+
+    def backfill(self, **arguments: Any) -> operations.Report:
+        return self.at_desk(operations.backfill, limits=NO_LIMITS, **arguments)
+
+    @contextmanager
+    def state(self) -> Iterator[tuple[store.Store, int]]:
+        """The database, and the id of the feed in it."""
+        with closing(store.Store(self.database, clock=self.clock)) as opened:
+            opened.open()
+            yield opened, opened.know(self.options().feed_name, url=self.dicom_url)
+
+    @contextmanager
+    def untold(self) -> Iterator[None]:
+        """The change feed never tells of what happens meanwhile."""
+        before = self.latest()
+        yield
+        self.feed("reset", sequence=before)
 
     def environment(self, **more: str) -> dict[str, str]:
         """For a process of its own."""
@@ -266,6 +301,11 @@ class Hospital:
             return "\n".join(db.iterdump())
 
 
+def counts(report: operations.Report) -> dict[str, int]:
+    """What a report counts, without the zeros."""
+    return {name: count for name, count in report.document.items() if isinstance(count, int) and count}
+
+
 def until(ready: Callable[[], object]) -> None:
     """Wait for what must happen; a process that hangs is a failure."""
     deadline = time.monotonic() + 60
@@ -295,6 +335,21 @@ def a_study(
         for keyword, value in values.items():
             setattr(dataset, keyword, value)
     return datasets
+
+
+def a_failing_study() -> list[pydicom.Dataset]:
+    """Two instances, one of them without PatientID."""
+    study = a_study(instances=2)
+    study[1].PatientID = ""
+    return study
+
+
+def corrected(hospital: Hospital, *studies: list[pydicom.Dataset]) -> None:
+    """The archive has the missing PatientIDs now; nothing was synced since."""
+    for study in studies:
+        hospital.modality.delete(uid(study[1]), str(study[1].SeriesInstanceUID), str(study[1].SOPInstanceUID))
+        study[1].PatientID = study[0].PatientID
+        hospital.send(study[1])
 
 
 def json_of(dataset: pydicom.Dataset) -> Json:

@@ -2,12 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import pytest
 from hospital import Hospital, a_study, uid, until
 
 from dicomcast import app, operations, reporting
@@ -15,14 +14,6 @@ from dicomcast.clock import Clock
 from dicomcast.state import reports
 
 ROUNDS = 3
-
-
-@pytest.fixture
-def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
-    """A hospital on the sandbox, with its state once in SQLite and once in PostgreSQL."""
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, database_url)
-    yield one
-    one.close()
 
 
 def test_worker_replay_verify_and_reports_share_a_database(clinic: Hospital) -> None:

@@ -1,89 +1,23 @@
 """Replay: what failed is read anew, by whoever holds the lease; beside a worker, after a stop, and as a rehearsal."""
 
 import asyncio
-import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
-from hospital import Hospital, a_study, uid, until
+from hospital import NO_LIMITS, Hospital, a_failing_study, a_study, corrected, counts, uid, until
 
 from dicomcast import app, errors, operations
-from dicomcast.state import jobs, operators, store
+from dicomcast.state import jobs, operators
 
 Json = Any
-NO_LIMITS = operations.Limits()
-
-
-@pytest.fixture
-def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
-    """A hospital on the sandbox, with its state once in SQLite and once in PostgreSQL."""
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, database_url)
-    yield one
-    one.close()
-
-
-def replay(
-    hospital: Hospital, *, dry_run: bool = False, limits: Any = NO_LIMITS, **selection: Any
-) -> operations.Report:
-    verb = partial(operations.replay, selection=operations.Selection(**selection), limits=limits, dry_run=dry_run)
-    return asyncio.run(operations.at_desk(hospital.options(), verb, clock=hospital.clock))
-
-
-def counts(report: operations.Report) -> dict[str, int]:
-    """Without the zeros."""
-    return {name: count for name, count in report.document.items() if isinstance(count, int) and count}
-
-
-@contextlib.contextmanager
-def opened(hospital: Hospital) -> Iterator[tuple[store.Store, int]]:
-    with contextlib.closing(store.Store(hospital.database, clock=hospital.clock)) as state:
-        state.open()
-        yield state, state.know(hospital.options().feed_name, url=hospital.dicom_url)
-
-
-def a_failing_study() -> list[Any]:
-    """Two instances, one of them without PatientID."""
-    study = a_study(instances=2)
-    study[1].PatientID = ""
-    return study
-
-
-def corrected(hospital: Hospital, *studies: list[Any]) -> None:
-    """The archive has the missing PatientIDs now; nothing was synced since."""
-    for study in studies:
-        hospital.modality.delete(uid(study[1]), str(study[1].SeriesInstanceUID), str(study[1].SOPInstanceUID))
-        study[1].PatientID = study[0].PatientID
-        hospital.send(study[1])
-
-
-def test_study_with_an_impossible_tag_stands_alone_until_it_is_corrected_and_replayed(clinic: Hospital) -> None:
-    """Acceptance scenario 3."""
-    others, failing = [a_study() for _ in range(20)], a_failing_study()
-    clinic.send(*(one for study in others for one in study), *failing)
-    clinic.sync()
-    parked = clinic.kinds()
-    corrected(clinic, failing)
-    before = clinic.versions()
-
-    first = replay(clinic, everything=True)
-    after = clinic.versions()
-    second = replay(clinic, everything=True)
-
-    assert parked == ["patient-id-missing"]
-    assert (counts(first), first.amiss) == ({"replayed": 1, "updated": 1}, False)
-    assert [one[1] for one in after if one not in before] == [clinic.study(uid(failing[0]))["id"]]
-    assert (counts(second), second.amiss, clinic.versions()) == ({}, False, after)
-    assert [(one["status"], one["resolution"]) for one in clinic.failures("resolved")] == [("resolved", "mapped")]
-    clinic.check(uid(failing[0]))
 
 
 def test_what_still_fails_is_said(clinic: Hospital) -> None:
     clinic.send(*a_failing_study(), *a_study())
     clinic.sync()
 
-    done = replay(clinic, everything=True)
+    done = clinic.replay(everything=True)
 
     assert (counts(done), done.amiss) == ({"replayed": 1, "still_failing": 1}, True)
     assert [(one["kind"], one["attempts"]) for one in clinic.failures()] == [("patient-id-missing", 2)]
@@ -103,7 +37,7 @@ def test_studies_are_chosen_by_failure_study_series_and_kind(clinic: Hospital) -
         {"kinds": ("patient-id-missing", "ambiguous"), "limit": 1},
         {"since": "1d"},
     ]
-    done = [counts(replay(clinic, **selection)) for selection in chosen]
+    done = [counts(clinic.replay(**selection)) for selection in chosen]
 
     assert done == [{"replayed": 1, "updated": 1}] * 5
     assert clinic.failures() == []
@@ -113,8 +47,8 @@ def test_study_that_was_never_synced_can_be_named(clinic: Hospital) -> None:
     study = a_study(instances=3)
     clinic.send(*study)
 
-    named = replay(clinic, series=(str(study[0].SeriesInstanceUID),))
-    again = replay(clinic, studies=(uid(study[0]),))
+    named = clinic.replay(series=(str(study[0].SeriesInstanceUID),))
+    again = clinic.replay(studies=(uid(study[0]),))
 
     assert (counts(named), counts(again)) == ({"replayed": 1, "created": 1}, {"replayed": 1, "unchanged": 1})
     clinic.check(uid(study[0]))
@@ -124,7 +58,7 @@ def test_study_that_was_never_synced_can_be_named(clinic: Hospital) -> None:
 @pytest.mark.parametrize("selection", [{"ids": (77,)}, {"series": ("1.2.3.4",)}])
 def test_what_nobody_knows_is_an_error(hospital: Hospital, selection: Any) -> None:
     with pytest.raises(errors.Misconfigured, match=r"77|1\.2\.3\.4"):
-        replay(hospital, **selection)
+        hospital.replay(**selection)
 
 
 def test_rehearsal_names_what_would_change_and_changes_nothing(clinic: Hospital) -> None:
@@ -138,7 +72,7 @@ def test_rehearsal_names_what_would_change_and_changes_nothing(clinic: Hospital)
     versions, rows = clinic.versions(), clinic.failures()
     every = tuple(uid(study[0]) for study in (failing, changed, gone, new, right))
 
-    told = replay(clinic, studies=every, dry_run=True)
+    told = clinic.replay(studies=every, dry_run=True)
 
     found = {one["study_instance_uid"]: one for one in told.document["studies"]}
     changes = {study: one["changes"] for study, one in found.items()}
@@ -157,7 +91,7 @@ def test_rehearsal_names_what_would_change_and_changes_nothing(clinic: Hospital)
     assert [one["action"] for one in changes[uid(gone[0])]] == ["delete"]
     assert [one["action"] for one in changes[uid(new[0])]] == ["create", "create"]
     assert (clinic.versions(), clinic.failures()) == (versions, rows)
-    real = replay(clinic, studies=every)
+    real = clinic.replay(studies=every)
     assert counts(real) == {"replayed": 5, "created": 1, "updated": 2, "unchanged": 1, "deleted": 1}
 
 
@@ -167,7 +101,7 @@ def test_other_mapping_is_brought_to_all_studies_and_then_to_none(clinic: Hospit
     clinic.sync()
     clinic.flags["accession"] = {"system": "urn:oid:9.9"}
 
-    first, second = replay(clinic, outdated=True), replay(clinic, outdated=True)
+    first, second = clinic.replay(outdated=True), clinic.replay(outdated=True)
 
     assert (counts(first), counts(second)) == ({"replayed": 4, "updated": 4}, {})
     clinic.check(uid(studies[0][0]))
@@ -178,12 +112,12 @@ def test_job_that_was_stopped_is_taken_up_by_the_same_call(clinic: Hospital) -> 
     clinic.send(*(study[0] for study in studies))
     clinic.sync()
     clinic.flags["accession"] = {"system": "urn:oid:9.9"}
-    with opened(clinic) as (state, feed_id):
+    with clinic.state() as (state, feed_id):
         job = jobs.begin(state, feed_id, "replay", "--outdated", by="me", now=clinic.clock.now())
         jobs.add(state, job, [uid(study[0]) for study in studies[:2]])
         jobs.listed(state, job, now=clinic.clock.now())
 
-    taken_up, whole = replay(clinic, outdated=True), replay(clinic, outdated=True)
+    taken_up, whole = clinic.replay(outdated=True), clinic.replay(outdated=True)
 
     assert (counts(taken_up), counts(whole)) == ({"replayed": 2, "updated": 2}, {"replayed": 4, "updated": 4})
 
@@ -193,7 +127,7 @@ def test_sync_does_what_a_stopped_job_has_left(clinic: Hospital) -> None:
     clinic.send(*study)
     clinic.sync()
     corrected(clinic, study)
-    with opened(clinic) as (state, feed_id):
+    with clinic.state() as (state, feed_id):
         job = jobs.begin(state, feed_id, "replay", "--all", by="me", now=clinic.clock.now())
         jobs.add(state, job, [uid(study[0])])
         jobs.listed(state, job, now=clinic.clock.now())
@@ -207,7 +141,7 @@ def test_sync_does_what_a_stopped_job_has_left(clinic: Hospital) -> None:
 def test_work_that_was_given_up_is_not_done(clinic: Hospital) -> None:
     study = a_study()
     clinic.send(*study)
-    with opened(clinic) as (state, feed_id):
+    with clinic.state() as (state, feed_id):
         job = jobs.begin(state, feed_id, "backfill", "--all", by="me", now=clinic.clock.now())
         jobs.add(state, job, ["1.2.3.4"])
         given_up = jobs.cancel(state, feed_id, job.id, by="me", now=clinic.clock.now())
@@ -241,7 +175,7 @@ def test_pace_is_kept(clinic: Hospital) -> None:
     clinic.send(*(study[0] for study in studies))
     began = clinic.clock.monotonic()
 
-    done = replay(clinic, studies=tuple(uid(study[0]) for study in studies), limits=operations.Limits(per_second=0.05))
+    done = clinic.replay(studies=tuple(uid(study[0]) for study in studies), limits=operations.Limits(per_second=0.05))
 
     assert counts(done) == {"replayed": 5, "created": 5}
     assert clinic.clock.monotonic() - began >= 4 / 0.05
@@ -261,9 +195,9 @@ def test_replay_that_would_delete_much_stops_and_asks(clinic: Hospital) -> None:
     studies = gone(clinic, 23, of=30)
 
     with pytest.raises(errors.NeedsPerson, match="--allow-deletes"):
-        replay(clinic, studies=tuple(studies))
+        clinic.replay(studies=tuple(studies))
     left = len(clinic.search("ImagingStudy"))
-    allowed = replay(clinic, studies=tuple(studies), limits=operations.Limits(allow_deletes=23))
+    allowed = clinic.replay(studies=tuple(studies), limits=operations.Limits(allow_deletes=23))
 
     assert left == 10
     assert (counts(allowed), len(clinic.search("ImagingStudy"))) == ({"replayed": 30, "deleted": 23, "unchanged": 7}, 7)
@@ -278,7 +212,7 @@ def test_what_the_feed_itself_deletes_needs_no_leave(clinic: Hospital) -> None:
 def test_few_deletes_need_no_leave(clinic: Hospital) -> None:
     studies = gone(clinic, 20, of=20)
 
-    assert counts(replay(clinic, studies=tuple(studies))) == {"replayed": 20, "deleted": 20}
+    assert counts(clinic.replay(studies=tuple(studies))) == {"replayed": 20, "deleted": 20}
 
 
 def test_service_that_is_away_ends_a_replay_and_leaves_its_work(clinic: Hospital) -> None:
@@ -289,19 +223,19 @@ def test_service_that_is_away_ends_a_replay_and_leaves_its_work(clinic: Hospital
     clinic.fault("fhir", method="PUT", status=503)
     clinic.patience = 20
     with pytest.raises(errors.Unavailable, match="503"):
-        replay(clinic, everything=True)
+        clinic.replay(everything=True)
     clinic.heal()
 
-    assert counts(replay(clinic, everything=True)) == {"replayed": 1, "updated": 1}
+    assert counts(clinic.replay(everything=True)) == {"replayed": 1, "updated": 1}
 
 
 def test_worker_that_comes_to_nothing_is_not_waited_for_longer_than_patience(clinic: Hospital) -> None:
     clinic.send(*a_failing_study())
     clinic.sync()
-    with opened(clinic) as (state, _):
+    with clinic.state() as (state, _):
         state.acquire(clinic.options().feed_name, url=clinic.dicom_url, owner="another", seconds=10**6)
         clinic.patience = 5
         with pytest.raises(errors.LeaseHeld):
-            replay(clinic, everything=True)
+            clinic.replay(everything=True)
 
         assert [one["verb"] for one in app.status(clinic.options())["jobs"]] == ["replay"]

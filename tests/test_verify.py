@@ -1,10 +1,6 @@
 """Verify: what DICOM, FHIR and the database say of each study, and `--repair` where they differ. And backfill."""
 
-import asyncio
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +9,11 @@ import sqlalchemy as sa
 from hospital import Hospital, a_study, uid
 
 from dicomcast import errors, operations
-from dicomcast.state import jobs, store, tables
+from dicomcast.dicom import service
+from dicomcast.state import jobs, tables
 from dicomcast.sync.rehearsal import differing
 
 Json = Any
-
-
-@pytest.fixture
-def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
-    """A hospital on the sandbox, with its state once in SQLite and once in PostgreSQL."""
-    one = Hospital(sandbox.dicom_url, sandbox.fhir_url, database_url)
-    yield one
-    one.close()
-
-
-def at_desk(hospital: Hospital, verb: Any, **arguments: Any) -> operations.Report:
-    limits = operations.Limits(allow_deletes=arguments.pop("allow_deletes", None))
-    return asyncio.run(
-        operations.at_desk(hospital.options(), partial(verb, limits=limits, **arguments), clock=hospital.clock)
-    )
-
-
-def verify(hospital: Hospital, **arguments: Any) -> operations.Report:
-    return at_desk(hospital, operations.verify, **arguments)
-
-
-def backfill(hospital: Hospital, **arguments: Any) -> operations.Report:
-    return at_desk(hospital, operations.backfill, **arguments)
 
 
 def differences(report: operations.Report) -> dict[str | None, str]:
@@ -53,17 +27,9 @@ def synced(hospital: Hospital, count: int, **values: Any) -> list[str]:
     return [uid(study[0]) for study in studies]
 
 
-@contextmanager
-def untold(hospital: Hospital) -> Iterator[None]:
-    """The change feed never tells of what happens meanwhile."""
-    before = hospital.latest()
-    yield
-    hospital.feed("reset", sequence=before)
-
-
 def imported(hospital: Hospital, *studies: list[Any]) -> None:
     """In the archive, and never in its change feed."""
-    with untold(hospital):
+    with hospital.untold():
         hospital.send(*(one for study in studies for one in study))
 
 
@@ -71,7 +37,7 @@ def test_what_agrees_is_no_difference_and_costs_no_write(clinic: Hospital) -> No
     synced(clinic, 3)
     versions = clinic.versions()
 
-    found = verify(clinic, repair=True)
+    found = clinic.verify(repair=True)
 
     assert (found.document, found.amiss) == ({"checked": 3, "differences": [], "repaired": 0}, False)
     assert clinic.versions() == versions
@@ -82,7 +48,7 @@ def test_every_kind_of_difference_is_found_and_mended(clinic: Hospital) -> None:
     clinic.http.delete(f"{clinic.fhir_url}/ImagingStudy/{clinic.study(missing)['id']}")
     clinic.put({**clinic.study(counts), "numberOfInstances": 7})
     clinic.put({**clinic.study(content), "description": "somebody's"})
-    with untold(clinic):
+    with clinic.untold():
         clinic.modality.delete(extra)
     imported_ = a_study()
     imported(clinic, imported_)
@@ -91,9 +57,9 @@ def test_every_kind_of_difference_is_found_and_mended(clinic: Hospital) -> None:
         connection.execute(sa.delete(tables.study).where(tables.study.c.study_instance_uid == unrecorded))
     engine.dispose()
 
-    found = verify(clinic)
-    mended = verify(clinic, repair=True)
-    after = verify(clinic)
+    found = clinic.verify()
+    mended = clinic.verify(repair=True)
+    after = clinic.verify()
 
     assert differences(found) == {
         missing: "missing",
@@ -116,27 +82,6 @@ def test_every_kind_of_difference_is_found_and_mended(clinic: Hospital) -> None:
     assert clinic.study(extra) is None
 
 
-def test_studies_of_a_bulk_import_are_found_and_backfilled(clinic: Hospital) -> None:
-    """Acceptance scenario 15: no entry of the feed tells of them."""
-    known = synced(clinic, 1)
-    studies = [a_study(instances=2) for _ in range(3)]
-    imported(clinic, *studies)
-    clinic.sync()
-
-    found = verify(clinic)
-    done = backfill(clinic)
-
-    assert differences(found) == {uid(study[0]): "missing" for study in studies}
-    assert {name: done.document[name] for name in ("listed", "created", "unchanged")} == {
-        "listed": 4,
-        "created": 3,
-        "unchanged": 1,
-    }
-    assert verify(clinic).document == {"checked": 4, "differences": [], "repaired": 0}
-    for study in [*known, *(uid(one[0]) for one in studies)]:
-        clinic.check(study)
-
-
 def test_duplicates_are_found_and_not_mended(hospital: Hospital) -> None:
     (study,) = synced(hospital, 1)
     shown = hospital.study(study)
@@ -145,7 +90,7 @@ def test_duplicates_are_found_and_not_mended(hospital: Hospital) -> None:
     hospital.post(twice)
     hospital.post(twice)
 
-    found = verify(hospital, repair=True)
+    found = hospital.verify(repair=True)
 
     assert (differences(found), found.document["repaired"], found.amiss) == ({study: "duplicates"}, 0, True)
 
@@ -155,14 +100,14 @@ def test_instance_that_cannot_be_mapped_is_a_difference_until_it_is_dismissed(ho
     study[1].PatientID = ""
     hospital.send(*study)
     hospital.sync()
-    found = verify(hospital)
+    found = hospital.verify()
     (failure,) = hospital.failures()
     operations.dismiss(hospital.options(), ids=[failure["id"]], kind=None, study_uid=None, reason="a phantom")
 
     assert [(one["kind"], one["failures"]) for one in found.document["differences"]] == [
         ("failed", ["patient-id-missing"])
     ]
-    assert verify(hospital).document["differences"] == []
+    assert hospital.verify().document["differences"] == []
 
 
 def test_endpoint_that_no_study_refers_to_any_more_is_named(hospital: Hospital) -> None:
@@ -173,7 +118,7 @@ def test_endpoint_that_no_study_refers_to_any_more_is_named(hospital: Hospital) 
     orphan = hospital.post({**used, **others})
     hospital.post({**used, "identifier": [{"system": "urn:x", "value": "somebody's"}]})
 
-    assert verify(hospital).document["differences"] == [
+    assert hospital.verify().document["differences"] == [
         {"study_instance_uid": None, "kind": "orphaned-endpoint", "endpoint": orphan["id"]}
     ]
 
@@ -185,23 +130,23 @@ def test_one_study_or_what_changed_since_is_all_that_is_looked_at(clinic: Hospit
     clinic.clock.skip(86_400)
     (later,) = synced(clinic, 1)
 
-    assert differences(verify(clinic, studies=[first])) == {first: "counts"}
-    assert verify(clinic, studies=["1.2.3.4"]).document == {"checked": 1, "differences": [], "repaired": 0}
-    since = verify(clinic, since=f"{clinic.clock.now():%Y-%m-%d}")
+    assert differences(clinic.verify(studies=[first])) == {first: "counts"}
+    assert clinic.verify(studies=["1.2.3.4"]).document == {"checked": 1, "differences": [], "repaired": 0}
+    since = clinic.verify(since=f"{clinic.clock.now():%Y-%m-%d}")
     assert (since.document["checked"], differences(since)) == (1, {})
     assert later not in (first, second)
 
 
 def test_repair_that_would_delete_much_asks_first(clinic: Hospital) -> None:
     studies = synced(clinic, 24)
-    with untold(clinic):
+    with clinic.untold():
         for study in studies[:21]:
             clinic.modality.delete(study)
 
     with pytest.raises(errors.NeedsPerson, match="--allow-deletes 21"):
-        verify(clinic, repair=True)
+        clinic.verify(repair=True)
     untouched = len(clinic.search("ImagingStudy"))
-    allowed = verify(clinic, repair=True, allow_deletes=21)
+    allowed = clinic.verify(repair=True, allow_deletes=21)
 
     assert (untouched, allowed.document["repaired"], allowed.amiss) == (24, 21, False)
     assert len(clinic.search("ImagingStudy")) == 3
@@ -212,23 +157,24 @@ def test_listing_goes_on_where_it_stopped(clinic: Hospital) -> None:
     clinic.fault("dicom", path="/v1/studies", status=503)
     clinic.patience = 5
     with pytest.raises(errors.Unavailable):
-        verify(clinic)
+        clinic.verify()
     clinic.heal()
-    with closing(store.Store(clinic.database, clock=clinic.clock)) as state:
-        feed_id = state.know(clinic.options().feed_name, url=clinic.dicom_url)
+    with clinic.state() as (state, feed_id):
         (job,) = jobs.unfinished(state, feed_id)
 
     assert (job["cursor"], job["left"], job["listed_at"]) == ("dicom 0", 2, None)
-    assert verify(clinic).document["checked"] == 2
+    assert clinic.verify().document["checked"] == 2
 
 
-def test_every_page_of_the_archive_is_listed(hospital: Hospital) -> None:
-    studies = [a_study() for _ in range(230)]
+def test_every_page_of_the_archive_is_listed(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_SEARCHED", 20)
+    studies = [a_study() for _ in range(47)]
     hospital.send(*(study[0] for study in studies))
 
-    done = backfill(hospital)
+    done = hospital.backfill()
 
-    assert (done.document["listed"], done.document["created"]) == (230, 230)
+    assert (done.document["listed"], done.document["created"]) == (47, 47)
+    assert sum("/studies?" in one or one.endswith("/studies") for one in hospital.log("dicom")) >= 4
 
 
 def test_names_of_elements_and_no_more() -> None:
@@ -254,8 +200,8 @@ def test_days_and_files_choose_studies(clinic: Hospital, tmp_path: Path) -> None
     file = tmp_path / "studies.txt"
     file.write_text(f"# of the migration\n{uid(named[0])}\n\n{uid(named[0])}  # twice\n")
 
-    days = backfill(clinic, dates=(date(2019, 5, 31), date(2020, 12, 31)))
-    some = backfill(clinic, file=file)
+    days = clinic.backfill(dates=(date(2019, 5, 31), date(2020, 12, 31)))
+    some = clinic.backfill(file=file)
 
     assert (days.document["listed"], days.document["created"]) == (2, 2)
     assert (some.document["listed"], some.document["created"]) == (1, 1)
@@ -267,7 +213,7 @@ def test_file_with_what_is_no_uid_changes_nothing(hospital: Hospital, tmp_path: 
     file.write_text("1.2.3\nZplant^Name\n")
 
     with pytest.raises(errors.Misconfigured, match="line 2") as wrong:
-        backfill(hospital, file=file)
+        hospital.backfill(file=file)
     assert "Zplant" not in str(wrong.value)
 
 
@@ -275,7 +221,7 @@ def test_feed_that_was_never_begun_begins_where_the_listing_of_all_did(clinic: H
     first, second = a_study(), a_study()
     clinic.send(*first)
 
-    done = backfill(clinic)
+    done = clinic.backfill()
     clinic.send(*second)
     clinic.log("fhir", clear=True)
     after = clinic.sync()
@@ -290,7 +236,7 @@ def test_instance_that_comes_to_a_backfilled_study_joins_the_others(clinic: Hosp
     study = a_study(instances=4)
     clinic.send(*a_study())
     imported(clinic, study[:2])
-    backfill(clinic)
+    clinic.backfill()
     clinic.send(*study[2:])
 
     clinic.sync()
@@ -301,9 +247,28 @@ def test_instance_that_comes_to_a_backfilled_study_joins_the_others(clinic: Hosp
 def test_part_of_the_archive_is_no_reason_to_begin_later(clinic: Hospital) -> None:
     first, second = of_day("2020-01-01"), of_day("2021-01-01")
     clinic.send(*first, *second)
-    backfill(clinic, dates=(date(2020, 1, 1), date(2020, 1, 2)))
+    clinic.backfill(dates=(date(2020, 1, 1), date(2020, 1, 2)))
 
     clinic.sync()
 
     clinic.check(uid(first[0]))
     clinic.check(uid(second[0]))
+
+
+def test_differences_are_found_and_mended_on_every_fhir_service(everywhere: Hospital) -> None:
+    missing, counts, extra, right = synced(everywhere, 4, instances=2)
+    everywhere.http.delete(f"{everywhere.fhir_url}/ImagingStudy/{everywhere.study(missing)['id']}")
+    everywhere.put({**everywhere.study(counts), "numberOfInstances": 7})
+    with everywhere.untold():
+        everywhere.modality.delete(extra)
+    with everywhere.state() as (state, _), state.transaction() as connection:
+        connection.execute(sa.delete(tables.study))  # what is extra must be found in FHIR itself
+
+    found, mended = everywhere.verify(), everywhere.verify(repair=True)
+
+    of_ours = {study: kind for study, kind in differences(found).items() if study in (missing, counts, extra, right)}
+    assert of_ours == {missing: "missing", counts: "counts", extra: "extra", right: "unrecorded"}
+    assert mended.document["repaired"] == 4
+    assert {"orphaned-endpoint"} >= set(differences(everywhere.verify()).values())
+    assert everywhere.study(extra) is None
+    everywhere.check(missing)
