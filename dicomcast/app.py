@@ -256,16 +256,18 @@ def status(options: settings.Settings) -> dict[str, Json]:
         studies, failures = opened.counts(feed["id"])
         waiting = jobs.unfinished(opened, feed["id"])
     feed |= asyncio.run(_asked(options, now))
-    behind = max(0, feed["latest"] - (feed["watermark"] or 0))
-    since = feed["current_at"] or feed["seen_at"]
+    at = feed["watermark"] if isinstance(feed["watermark"], int) else None
+    behind = max(0, feed["latest"] - (at or 0))
+    since = feed["current_at"]
+    lag = round((now - since).total_seconds(), 1) if since else None
     held = feed["lease_owner"] is not None and feed["lease_until"] > now
     return {
         "feed": {
             "url": feed["url"],
-            "watermark": feed["watermark"],
+            "watermark": at,
             "latest": feed["latest"],
             "lag_entries": behind,
-            "lag_seconds": round((now - since).total_seconds(), 1) if behind and since else 0,
+            "lag_seconds": lag if behind or at is None else 0,
             "seen_at": feed["seen_at"],
             "trouble": feed["trouble"],
         },

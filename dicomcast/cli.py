@@ -346,7 +346,8 @@ def backfill(
     if dates and dates[0] > dates[1]:
         raise typer.BadParameter("is before --from", param_hint="--to")
     limits = operations.Limits(per_second=rate)
-    return _job(partial(operations.backfill, limits=limits, dates=dates, file=file), output, title="Backfill")
+    named = operations.named_in(file) if file is not None else None
+    return _job(partial(operations.backfill, limits=limits, dates=dates, named=named), output, title="Backfill")
 
 
 def _job(verb: Any, output: Format, *, title: str) -> int:
@@ -388,7 +389,7 @@ def work_cancel(job: Annotated[int, typer.Argument(help="id of the job")]) -> in
     """Give up what a job still waits for. What it has done stays done."""
     given_up = operations.cancel(_settings(unused=("fhir",)), job)
     _say(f"{given_up} studies are not waited for any more.")
-    return 0
+    return 0 if given_up else 1
 
 
 @state_app.command("show")
@@ -518,6 +519,7 @@ def report(
     limit: Annotated[int | None, typer.Option(min=1, help="most rows; of failures, outdated, issues, slowest")] = None,
     output: FormatOption = Format.TABLE,
 ) -> int:
+    """Report from sync state."""
     begin, asked = _moment(since), reports.REPORTS.get(name)
     if asked is None:
         raise typer.BadParameter(f"{name} is none of {', '.join(reports.REPORTS)}", param_hint="NAME")

@@ -168,6 +168,7 @@ KINDS: dict[str, Kind] = {
     "sop-class-missing": Kind("instance", False, _CORRECT),
     "value-invalid": Kind("instance", False, _CORRECT),
     "modality-missing": Kind("instance", False, _CORRECT),
+    "value-missing": Kind("instance", False, "a required rule found nothing: correct what `tag` names, or the rule"),
     "invalid": Kind(
         "instance or study",
         False,

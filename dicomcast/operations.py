@@ -6,6 +6,7 @@ lease; by this process, where nobody does. So each can be stopped and taken up a
 
 import asyncio
 import getpass
+import hashlib
 import platform
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -42,6 +43,8 @@ _LOOK_EVERY = 0.5
 _COMPARED_AT_ONCE = 16
 _COMPARED_TOGETHER = 200
 _WINDOW = timedelta(days=31)
+_LATE = 1000
+"""Sequences below the newest that the DICOM service may still be about to commit."""
 _SAME = "same"
 _COUNTED = ("created", "updated", "unchanged", "deleted")
 
@@ -255,9 +258,10 @@ async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: b
     """Read studies anew and reconcile them; with `dry_run` only say what that would do."""
     if dry_run:
         return await _rehearse(desk, await _chosen(desk, selection), limits)
+    chosen = await _chosen(desk, selection)
     job = desk.begin("replay", selection.scope, limits)
     if not job.listed:
-        jobs.add(desk.state, job, await _chosen(desk, selection))
+        jobs.add(desk.state, job, chosen)
         jobs.listed(desk.state, job, now=desk.clock.now())
     done = await _work_through(desk, job)
     document = {
@@ -287,6 +291,9 @@ async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
         found |= dict.fromkeys(studies)
     narrowed: list[Any] = [failure.kind.in_(selection.kinds)] if selection.kinds else []
     narrowed += [failure.last_seen >= settings.moment(selection.since, desk.clock.now())] if selection.since else []
+    for kind in selection.kinds:
+        if kind not in errors.KINDS and not jobs.failing(state, desk.feed_id, failure.kind == kind, limit=1):
+            raise errors.Misconfigured([f"--kind {kind}: no failure is of this kind"])
     if selection.everything or narrowed:
         found |= dict.fromkeys(jobs.failing(state, desk.feed_id, *narrowed))
     other = tables.study.c.mapping_digest != desk.rules.digest
@@ -300,10 +307,11 @@ async def _rehearse(desk: Desk, studies: Iterable[str], limits: Limits) -> Repor
     coming = iter(studies)
     while some := list(islice(coming, _COMPARED_TOGETHER)):
         for study_uid, rehearsed in zip(some, await _rehearsed(desk, some, limits), strict=True):
-            outcome = "failed" if rehearsed.failures else rehearsed.outcome
+            failures = _not_dismissed(desk, study_uid, rehearsed.failures)
+            outcome = "failed" if failures else rehearsed.outcome
             counts[outcome] += 1
             if outcome != "unchanged":
-                kinds = sorted({one.kind for one in rehearsed.failures})
+                kinds = sorted({one.kind for one in failures})
                 changes = _changes(rehearsed)
                 rows.append(
                     {"study_instance_uid": study_uid, "outcome": outcome, "changes": changes, "failures": kinds}
@@ -386,7 +394,7 @@ async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> None:
         await _list_feed(desk, job, start)
         return
     if phase == "dicom":
-        await _list_dicom(desk, job, offset=int(place), to_compare=True)
+        await _list_dicom(desk, job, place="dicom", offset=int(place), to_compare=True)
         jobs.add(desk.state, job, (), cursor="fhir")
     endpoint, _ = await desk.patience.with_("fhir", desk.links.endpoints)
     if endpoint is None:
@@ -413,12 +421,12 @@ async def _list_dicom(
     desk: Desk,
     job: jobs.Job,
     *,
+    place: str = "0",
     offset: int = 0,
     dates: tuple[date, date] | None = None,
     to_compare: bool = False,
 ) -> None:
-    """Studies that QIDO-RS finds, from an offset on."""
-    place = f"{dates[0].isoformat()}" if dates else "dicom"
+    """Studies that QIDO-RS finds, from an offset on; `place` and offset are the cursor."""
     async for page in desk.dicom.studies(offset=offset, dates=dates):
         jobs.add(desk.state, job, page, to_compare=to_compare, cursor=f"{place} {offset}")
         offset += len(page) - len(page) // 10
@@ -522,14 +530,16 @@ def _study_uid(held: resources.Held) -> str | None:
 
 
 async def backfill(
-    desk: Desk, limits: Limits, *, dates: tuple[date, date] | None = None, file: Path | None = None
+    desk: Desk, limits: Limits, *, dates: tuple[date, date] | None = None, named: Sequence[str] | None = None
 ) -> Report:
-    """Bring studies into FHIR that the feed does not tell of: those of some days, of a file (a UID a line), or all.
+    """Bring studies into FHIR that the feed does not tell of: those of some days, those that are named, or all.
 
-    After `all`, a feed that was never begun begins at its newest entry of before the listing.
+    After `all`, a feed that was never begun begins a little below its newest entry of before the listing.
     """
-    named = _named(file) if file is not None else None
-    scope = f"--from {dates[0]} --to {dates[1]}" if dates else f"--studies-file {file.name}" if file else "--all"
+    # What is asked for stands in the database: no date that a study might have, and no file's name.
+    wanted = [f"{one}" for one in dates or named or ()]
+    what = "--from --to" if dates else "--all" if named is None else "--studies-file"
+    scope = f"{what} {hashlib.sha256(' '.join(wanted).encode()).hexdigest()[:12]}" if wanted else what
     job = desk.begin("backfill", scope, limits)
     if not job.listed:
         await desk.patience.unless_stopped(_list_for_backfill(desk, job, dates=dates, named=named))
@@ -547,23 +557,26 @@ async def _list_for_backfill(
 ) -> None:
     if job.handover is None:
         latest = await desk.patience.with_("dicom", desk.dicom.latest)
-        jobs.hand_over_at(desk.state, job, latest.sequence if latest else 0)
-    place, _, offset = (job.cursor or "").partition(" ")
+        jobs.hand_over_at(desk.state, job, max(0, latest.sequence - _LATE) if latest else 0)
+    window, _, offset = (job.cursor or "0 0").partition(" ")
     if named is not None:
         jobs.add(desk.state, job, named)
     elif dates is None:
-        await _list_dicom(desk, job, offset=int(offset or 0))
+        await _list_dicom(desk, job, offset=int(offset))
     else:
-        first = date.fromisoformat(place) if place else dates[0]
-        while first <= dates[1]:
-            last = min(first + _WINDOW, dates[1])
-            await _list_dicom(desk, job, offset=int(offset or 0), dates=(first, last))
-            first, offset = last + timedelta(days=1), ""
+        number, at = int(window), int(offset)
+        while (first := dates[0] + number * _WINDOW) <= dates[1]:
+            last = min(first + _WINDOW - timedelta(days=1), dates[1])
+            await _list_dicom(desk, job, place=str(number), offset=at, dates=(first, last))
+            number, at = number + 1, 0
     jobs.listed(desk.state, job, whole=named is None and dates is None, now=desk.clock.now())
 
 
-def _named(file: Path) -> list[str]:
-    """Study Instance UIDs of a file, one a line; blank lines and what follows a # do not count."""
+def named_in(file: Path) -> list[str]:
+    """Study Instance UIDs of a file, one a line; blank lines and what follows a # do not count.
+
+    Raises `Misconfigured` with the numbers of the lines that hold none.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as unreadable:

@@ -62,10 +62,10 @@ def moment(text: str, now: datetime) -> datetime:
 
 def duration(text: str) -> float:
     """Seconds of `30`, `30s`, `15m` or `2h`. Raises `ValueError`."""
-    try:
-        return float(str(_seconds(text)))
-    except ValueError:
-        raise ValueError(f"{text!r} is no length of time (30s, 15m, 2h)") from None
+    found = _seconds(text)
+    if found is text:
+        raise ValueError(f"{text!r} is no length of time (30s, 15m, 2h)")
+    return float(str(found))
 
 
 def _base_url(value: str) -> str:

@@ -315,10 +315,19 @@ def _retry_after(response: Response, *, now: datetime) -> float | None:
         return None
 
 
+_ISSUE_TYPES = re.compile(
+    r"invalid|structure|required|value|invariant|security|login|unknown|expired|forbidden|suppressed"
+    r"|processing|not-supported|duplicate|multiple-matches|not-found|deleted|too-long|code-invalid"
+    r"|extension|too-costly|business-rule|conflict|transient|lock-error|no-store|exception|timeout"
+    r"|incomplete|throttled|informational"
+)
+"""FHIR R4 value set issue-type. Whatever else stands there may be anything."""
+
+
 def _issue_code(response: Response) -> str | None:
     """`OperationOutcome.issue[0].code`; never its text, which may quote values."""
     try:
         code = orjson.loads(response.content)["issue"][0]["code"]
     except (orjson.JSONDecodeError, LookupError, TypeError):
         return None
-    return code if isinstance(code, str) and code.replace("-", "").isalpha() else None
+    return code if isinstance(code, str) and _ISSUE_TYPES.fullmatch(code) else None

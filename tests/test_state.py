@@ -67,7 +67,7 @@ def acquire(state: store.Store, owner: str = "a", *, seconds: float = 20, feed: 
 
 
 def commit(state: store.Store, lease: store.Lease, position: store.Position = START, **effects: Any) -> int:
-    return state.commit(lease, position, store.Effects(**effects))
+    return state.commit(lease, position, store.Effects(**effects)).opened
 
 
 def a_study(uid: str = "1.2.3", **changes: Any) -> store.Study:

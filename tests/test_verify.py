@@ -201,35 +201,40 @@ def test_days_and_files_choose_studies(clinic: Hospital, tmp_path: Path) -> None
     file.write_text(f"# of the migration\n{uid(named[0])}\n\n{uid(named[0])}  # twice\n")
 
     days = clinic.backfill(dates=(date(2019, 5, 31), date(2020, 12, 31)))
-    some = clinic.backfill(file=file)
+    some = clinic.backfill(named=operations.named_in(file))
 
     assert (days.document["listed"], days.document["created"]) == (2, 2)
     assert (some.document["listed"], some.document["created"]) == (1, 1)
     assert [clinic.study(uid(one[0])) is not None for one in (old, middle, new, named)] == [True, True, False, True]
 
 
-def test_file_with_what_is_no_uid_changes_nothing(hospital: Hospital, tmp_path: Path) -> None:
+def test_line_of_a_file_that_is_no_uid_is_named_and_not_quoted(tmp_path: Path) -> None:
     file = tmp_path / "studies.txt"
     file.write_text("1.2.3\nZplant^Name\n")
 
     with pytest.raises(errors.Misconfigured, match="line 2") as wrong:
-        hospital.backfill(file=file)
+        operations.named_in(file)
     assert "Zplant" not in str(wrong.value)
 
 
-def test_feed_that_was_never_begun_begins_where_the_listing_of_all_did(clinic: Hospital) -> None:
-    first, second = a_study(), a_study()
-    clinic.send(*first)
+def test_feed_that_was_never_begun_begins_below_where_the_listing_of_all_did(
+    clinic: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "_LATE", 2)
+    studies, late, after = [a_study() for _ in range(5)], a_study(), a_study()
+    clinic.send(*(study[0] for study in studies))
+    clinic.feed("hold", entries=1)
+    clinic.send(*late)  # sequence 6, not committed yet
+    clinic.send(*a_study())
 
     done = clinic.backfill()
-    clinic.send(*second)
-    clinic.log("fhir", clear=True)
-    after = clinic.sync()
+    clinic.feed("release")
+    clinic.send(*after)
 
-    assert (done.document["handover"], done.document["created"]) == (1, 1)
-    assert (after, clinic.watermark()) == ({"created": 1}, 2)
-    clinic.check(uid(first[0]))
-    clinic.check(uid(second[0]))
+    assert (done.document["handover"], done.document["created"]) == (5, 6)
+    assert (clinic.sync(), clinic.watermark()) == ({"created": 2, "unchanged": 1}, 8)
+    for study in (*studies, late, after):
+        clinic.check(uid(study[0]))
 
 
 def test_instance_that_comes_to_a_backfilled_study_joins_the_others(clinic: Hospital) -> None:

@@ -5,7 +5,7 @@ A position is set under the feed's lease: never beside a worker.
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import sqlalchemy as sa
@@ -20,6 +20,9 @@ _TOGETHER = 5000
 """Rows that are pruned in one transaction."""
 
 
+_Text = Annotated[str, pydantic.Field(max_length=64)]
+
+
 class Position(pydantic.BaseModel):
     """Where a feed is, as `state export` writes it. Sequences; `mark` is the entry at the watermark."""
 
@@ -30,13 +33,15 @@ class Position(pydantic.BaseModel):
     first: int = pydantic.Field(ge=0, lt=2**63)
     watermark: int = pydantic.Field(ge=0, lt=2**63)
     latest: int = pydantic.Field(ge=0, lt=2**63)
-    mark: tuple[str, str, str] | None = None
-    gaps: list[int] = pydantic.Field(default_factory=list)
+    mark: tuple[_Text, _Text, _Text] | None = None
+    gaps: list[Annotated[int, pydantic.Field(gt=0)]] = pydantic.Field(default_factory=list, max_length=1_000_000)
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> "Position":
         if not self.first <= self.watermark <= self.latest:
             raise ValueError("first, watermark and latest must ascend")
+        if len(set(self.gaps)) < len(self.gaps) or max(self.gaps, default=0) > self.watermark:
+            raise ValueError("gaps must be below the watermark, each once")
         return self
 
 
@@ -67,7 +72,7 @@ def set_position(state: Store, lease: Lease, wanted: Position, *, action: str, w
     with state.transaction(alone=True) as connection:
         feed = connection.execute(sa.select(table).where(table.c.id == lease.feed_id)).one()
         before = feed.watermark if isinstance(feed.watermark, int) else None
-        skips = before is not None and wanted.watermark > before
+        skips = before is None or wanted.watermark > before
         mark = wanted.mark or (None, None, None)
         values: Row = {
             "first": wanted.watermark if skips else wanted.first,
@@ -128,10 +133,17 @@ def prune(state: Store, feed_id: int, *, before: datetime, who: str, now: dateti
     """
     flush, failure, work, job, study = tables.flush, tables.failure, tables.work, tables.job, tables.study
     left = sa.select(work.c.id).where(work.c.job_id == job.c.id).exists()
+    other = work.alias()
+    waits = sa.select(other.c.job_id).where(other.c.feed_id == feed_id, other.c.state.in_(("listed", "waiting")))
+    unlisted = sa.select(job.c.id).where(job.c.feed_id == feed_id, job.c.listed_at.is_(None))
+    going_on = sa.and_(
+        work.c.job_id.is_not(None),
+        sa.or_(work.c.job_id.in_(waits.where(other.c.job_id.is_not(None))), work.c.job_id.in_(unlisted)),
+    )
     over: dict[sa.Table, list[Any]] = {
         flush: [flush.c.at < before],
         failure: [failure.c.status == "resolved", failure.c.last_seen < before],
-        work: [work.c.state.in_(("done", "cancelled")), work.c.finished_at < before],
+        work: [work.c.state.in_(("done", "cancelled")), work.c.finished_at < before, ~going_on],
         job: [job.c.requested_at < before, job.c.listed_at.is_not(None), ~left],
         study: [study.c.outcome == "deleted", study.c.synced_at < before],
     }

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -139,6 +139,8 @@ class Flush:
 
 _FORMS = "sqlite:///relative.db, sqlite:////absolute.db or postgresql+psycopg://user@host/name is what it takes"
 
+_MARK = ("mark_study_uid", "mark_sop_uid", "mark_timestamp")
+
 IssueKey = tuple[str, str, str, str]
 """Rule, tag, VR, reason."""
 
@@ -159,8 +161,8 @@ class Effects:
     missed: dict[int, datetime] = field(default_factory=dict)
     closed_gaps: set[int] = field(default_factory=set)
     flushes: list[Flush] = field(default_factory=list)
-    worked: dict[int, str] = field(default_factory=dict)
-    """Work that is done, by id, and how it came out."""
+    worked: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Work that is done, by id: the study, and what became of it."""
     again: dict[str, datetime] = field(default_factory=dict)
     """Studies that must be looked at once more, and not before when."""
 
@@ -188,6 +190,13 @@ class Effects:
         self.flushes += later.flushes
         self.worked |= later.worked
         self.again |= later.again
+
+
+class Committed(NamedTuple):
+    """How many failures a commit opened, and how many it recorded that no operator has dismissed."""
+
+    opened: int
+    failed: int
 
 
 class Store:
@@ -317,23 +326,28 @@ class Store:
 
     def studies(self, lease: Lease, uids: Collection[str]) -> dict[str, tuple[Study | None, bool]]:
         """Of each study its row, and whether it has failures that are not over."""
-        table, failure = tables.study, tables.failure
+        table = tables.study
         found: dict[str, tuple[Study | None, bool]] = dict.fromkeys(uids, (None, False))
         with self.transaction() as connection:
             for some in _chunks(sorted(uids), 500):
                 rows = connection.execute(
                     sa.select(table).where(table.c.feed_id == lease.feed_id, table.c.study_instance_uid.in_(some))
                 ).all()
-                failing = connection.execute(
-                    sa.select(failure.c.study_instance_uid).where(
-                        failure.c.feed_id == lease.feed_id,
-                        failure.c.study_instance_uid.in_(some),
-                        failure.c.status.in_(ATTENTION),
-                        failure.c.kind != "partition",
-                    )
-                ).scalars()
                 found |= {row.study_instance_uid: (Study(**_without_feed(row)), False) for row in rows}
-                found |= {uid: (found[uid][0], True) for uid in failing}
+                found |= {uid: (found[uid][0], True) for uid in self._failing(connection, lease.feed_id, some)}
+        return found
+
+    def _failing(self, connection: sa.Connection, feed_id: int, uids: Sequence[str]) -> set[str]:
+        """Those of the studies that have failures that are not over."""
+        table, found = tables.failure, set[str]()
+        for some in _chunks(uids, 500):
+            query = sa.select(table.c.study_instance_uid).where(
+                table.c.feed_id == feed_id,
+                table.c.study_instance_uid.in_(some),
+                table.c.status.in_(ATTENTION),
+                table.c.kind != "partition",
+            )
+            found |= set(connection.execute(query).scalars())
         return found
 
     def patient(self, lease: Lease, fhir_id: str) -> Patient | None:
@@ -368,46 +382,42 @@ class Store:
     def commit(
         self,
         lease: Lease,
-        position: Position,
+        position: Position | None,
         effects: Effects,
         *,
         trouble: str | None = None,
         seen_at: datetime | None = None,
-    ) -> int:
-        """Write effects and position in one transaction; the number of failures that this opened.
+    ) -> Committed:
+        """Write effects and position, where there is one, in one transaction.
 
         `trouble`: what the worker waits for; `seen_at`: when the feed's newest entry was asked for. Raises `LeaseLost`.
         """
         now = self._clock.now()
         with self.transaction() as connection:
-            values: Row = {
-                "first": position.first,
-                "watermark": position.watermark,
-                "latest": position.latest,
-                "trouble": trouble,
-            }
-            mark = position.mark or (None, None, None)
-            values |= dict(zip(("mark_study_uid", "mark_sop_uid", "mark_timestamp"), mark, strict=True))
-            values |= {"current_at": now} if position.watermark >= position.latest else {}
-            values |= {"seen_at": seen_at} if seen_at else {}
+            values: Row = {"trouble": trouble} | ({"seen_at": seen_at} if seen_at else {})
+            if position is not None:
+                numbers = {"first": position.first, "watermark": position.watermark, "latest": position.latest}
+                mark = position.mark or (None, None, None)
+                values |= numbers | dict(zip(_MARK, mark, strict=True))
+                values |= {"current_at": now} if position.watermark >= position.latest else {}
             self.fenced(connection, lease, **values)
             feed_id = lease.feed_id
             self._upsert(connection, tables.study, feed_id, effects.studies.values())
             self._upsert(connection, tables.patient, feed_id, effects.patients.values())
-            opened = self._commit_failures(connection, feed_id, effects, now)
+            committed = self._commit_failures(connection, feed_id, effects, now)
             self._commit_issues(connection, feed_id, effects)
             self._commit_gaps(connection, feed_id, effects)
             self._commit_flushes(connection, feed_id, effects.flushes)
             self._commit_work(connection, feed_id, effects, now)
-        return opened
+        return committed
 
-    def _commit_failures(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> int:
+    def _commit_failures(self, connection: sa.Connection, feed_id: int, effects: Effects, now: datetime) -> Committed:
         """One row for each study or instance, stage and kind, for good: what is resolved and fails again is reopened.
 
         What an operator has dismissed stays so while it fails for the same reason.
         """
         table = tables.failure
-        opened = 0
+        opened = dismissed = 0
         kept: set[int] = set()
         failures = gathered(effects.failures)
         for failure in failures:
@@ -418,6 +428,7 @@ class Store:
             if known and known.status == "dismissed" and (known.rule, known.tag) == (failure.rule, failure.tag):
                 values |= {"status": "dismissed", "attempts": known.attempts + 1, "next_retry": None}
                 values |= {"resolution": known.resolution, "note": known.note}
+                dismissed += 1
             else:
                 # Another change of the study is no retry: only an attempt whose time had come stretches the pause.
                 early = open_before and known.next_retry is not None and known.next_retry > now
@@ -450,7 +461,7 @@ class Store:
                 connection.execute(sa.delete(table).where(table.c.id.in_(some)))
             for some in _chunks(sorted({row.id for row in over} - counted), 500):
                 connection.execute(sa.update(table).where(table.c.id.in_(some)).values(resolved))
-        return opened
+        return Committed(opened, failed=len(failures) - dismissed)
 
     def _known_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
         table = tables.failure
@@ -505,7 +516,11 @@ class Store:
         if effects.worked:
             done = sa.update(table).where(table.c.id == sa.bindparam("which"))
             values = {"state": "done", "result": sa.bindparam("outcome"), "finished_at": now}
-            results = [{"which": work_id, "outcome": result} for work_id, result in effects.worked.items()]
+            failing = self._failing(connection, feed_id, sorted({uid for uid, _ in effects.worked.values()}))
+            results = [
+                {"which": work_id, "outcome": "failed" if uid in failing else _unless_failed(outcome)}
+                for work_id, (uid, outcome) in effects.worked.items()
+            ]
             connection.execute(done.values(values), results)
         if effects.again:
             fixed = {"feed_id": feed_id, "reason": "in doubt", "state": "waiting", "priority": 0}
@@ -652,6 +667,11 @@ class Store:
             connection.execute(
                 insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed), values
             )
+
+
+def _unless_failed(outcome: str) -> str:
+    """What became of a study none of whose failures is open: those that there are were dismissed."""
+    return "unchanged" if outcome == "failed" else outcome
 
 
 def lag_within(seconds: float | None) -> int:

@@ -10,7 +10,7 @@ from dicomcast.clock import Clock
 from dicomcast.state import jobs, store
 from dicomcast.state.jobs import Work
 from dicomcast.sync.changes import StudyChange
-from dicomcast.sync.ledger import Ledger, in_thread
+from dicomcast.sync.ledger import Ledger, Outcome, in_thread
 
 _AT_HAND = 200
 _ASK_EVERY = 1.0
@@ -92,10 +92,10 @@ class Backlog:
             return same
         return []
 
-    def done(self, change: StudyChange, result: str) -> None:
-        """What came of the work that a change carried."""
+    def done(self, change: StudyChange, outcome: Outcome) -> None:
+        """What became of the study whose change carried work."""
         for work in change.work:
-            self._ledger.worked(work.id, result)
+            self._ledger.worked(work.id, change.study_uid, outcome)
             self._taken.discard(work.id)
             if work.job_id is not None:
                 self._jobs[work.job_id].looked += 1

@@ -52,6 +52,7 @@ class Ledger:
         self._seconds = seconds
         self._held_until = 0.0
         self._lease: store.Lease | None = None
+        self._looks = False
         self._effects = store.Effects()
         self._writing: store.Effects | None = None
         self._commits = asyncio.Lock()
@@ -97,17 +98,21 @@ class Ledger:
         asked = self._clock.monotonic()
         lease = await in_thread(self._store.acquire, feed_name, url=url, owner=owner, seconds=self._seconds)
         self._lease, self._held_until = lease, asked + self._seconds
-        if lease.expired:
-            # Its last owner may still have a write under way that it began when a quarter was left.
-            await self._clock.sleep(self._seconds / 4)
-        self.position = await in_thread(self._store.position, lease)
+        try:
+            if lease.expired:
+                # Its last owner may still have a write under way that it began when a quarter was left.
+                await self._clock.sleep(self._seconds / 4)
+            self.position = await in_thread(self._store.position, lease)
+        except errors.NeedsPerson:
+            await self.close()  # whoever mends it needs the lease
+            raise
         if self.position is not None:
             self.watermark = Watermark(self.position.watermark)
             self.latest = self.position.latest
 
     def look(self, feed_id: int) -> None:
         """Without the lease: what the database knows can be read, and nothing is ever written."""
-        self._lease = store.Lease(feed_id, token=-1, owner="")
+        self._lease, self._looks = store.Lease(feed_id, token=-1, owner=""), True
 
     async def keep(self) -> None:
         """Renew the lease for ever; raises `LeaseLost` where it was taken, `Unavailable` where it ran out."""
@@ -205,14 +210,12 @@ class Ledger:
     def fail(self, failure: store.Failure, *, sequence: int) -> None:
         """An entry that can only be recorded."""
         self._effects.failures.append(failure)
-        self.failed += 1
         self.release([sequence])
 
     def settle(self, study_uid: str, sequences: Iterable[int], settled: Settled, flush: store.Flush) -> None:
         """A study's entries have had their effect."""
         self._effects.studies[study_uid] = settled.study
         self._effects.flushes.append(flush)
-        self.failed += len(settled.failures)
         if settled.resolution:
             self._effects.reconcile(study_uid, settled.resolution, cut=settled.cut)
         self._effects.failures += settled.failures
@@ -225,9 +228,9 @@ class Ledger:
         if not stays and not (before and settled.outcome == "unchanged"):
             self.outcomes[study_uid] = settled.outcome
 
-    def worked(self, work_id: int, result: str) -> None:
+    def worked(self, work_id: int, study_uid: str, outcome: Outcome) -> None:
         """Work that somebody asked for is done; its row says so with the study's."""
-        self._effects.worked[work_id] = result
+        self._effects.worked[work_id] = (study_uid, outcome)
 
     @property
     def uncommitted_work(self) -> set[int]:
@@ -245,19 +248,18 @@ class Ledger:
     async def commit(self) -> None:
         """Effects and watermark, in one transaction. Raises `Unavailable` (and keeps them) and `LeaseLost`."""
         async with self._commits:
-            if self.position is None:
+            if self._looks:
                 self._effects = store.Effects()
-            if self.position is None or not self.dirty:
+                return
+            if not self.dirty:
                 return
             self.guard()
-            low = self.watermark.low
-            mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
-            position = store.Position(self.position.first, low, self.latest, mark)
+            position = self._reached()
             self._writing, self._effects = self._effects, store.Effects()
-            noted, opened = (self.latest, self.trouble), self.opened
+            noted = (self.latest, self.trouble)
             commit = partial(self._store.commit, trouble=self.trouble, seen_at=self._seen_at)
             try:
-                self.opened += await in_thread(commit, self.lease, position, self._writing)
+                committed = await in_thread(commit, self.lease, position, self._writing)
                 self._noted = noted
             except BaseException:
                 self._writing.follow(self._effects)
@@ -265,12 +267,23 @@ class Ledger:
                 raise
             finally:
                 self._writing = None
-            if position.watermark != self.position.watermark:
-                log.info("committed", watermark=low, latest=self.latest, failures_opened=self.opened - opened)
+            self.opened += committed.opened
+            self.failed += committed.failed
+            if position is not None and (self.position is None or position.watermark != self.position.watermark):
+                log.info(
+                    "committed", watermark=position.watermark, latest=position.latest, failures_opened=committed.opened
+                )
             self.position = position
             if len(self._marks) > self._pruned_at:
                 self._marks = {one: mark for one, mark in self._marks.items() if self.watermark.may_be_low(one)}
                 self._pruned_at = 2 * len(self._marks) + 1000
+
+    def _reached(self) -> store.Position | None:
+        if self.position is None:
+            return None  # a job, and nobody has begun the feed
+        low = self.watermark.low
+        mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
+        return store.Position(self.position.first, low, self.latest, mark)
 
 
 async def in_thread(function: Callable[..., _T], *arguments: Any, **named: Any) -> _T:

@@ -174,7 +174,8 @@ class Worker:
             clock=self._clock,
             may_end=self._backlog.may_end,
         )
-        await self._patience.with_("dicom", self._intake.take_up)
+        if self._job is None:
+            await self._patience.with_("dicom", self._intake.take_up)
         log.info(
             "started",
             software=can.software,
@@ -341,7 +342,7 @@ class Worker:
         entries = len(change.sequences)
         flush = store.Flush(change.study_uid, now, road, reason, settled.outcome, entries, seconds, lag)
         self.ledger.settle(change.study_uid, *self._links.settled(change, settled), flush)
-        self._backlog.done(change, "failed" if settled.failures else settled.outcome)
+        self._backlog.done(change, settled.outcome)
         if tries.in_doubt:
             # A create has no If-Match: once it can't take effect any more, somebody must see whether it did.
             self.ledger.look_again(change.study_uid, seconds=2 * self._options.fhir.timeout + _LATE)
