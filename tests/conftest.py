@@ -1,6 +1,7 @@
 """Fixtures for all tests: a clean environment far from UTC, databases, and the services that can be had."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import stack
 import structlog
 from hospital import Hospital, Scripted, serving
+from xdist.scheduler import LoadScopeScheduling
 
 # No verdict on the speed of a machine; CI tries the same examples every time.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=stack.CI, max_examples=100 if stack.CI else 40)
@@ -19,6 +21,28 @@ hypothesis.settings.load_profile("tests")
 FHIR_SERVICES = ["sandbox", "hapi"]
 if os.environ.get("DICOMCAST_TEST_FHIR_URL"):
     FHIR_SERVICES.append("external")
+
+
+class Sharing(LoadScopeScheduling):  # type: ignore[misc]
+    """Which tests have to be run by the same process: what they share is made once, and nobody else writes to it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """All tests on HAPI or the external service, or of a module with a fixture that is slow; else each alone."""
+        file, _, test = nodeid.partition("::")
+        service = re.search(r"\[.*\b(hapi|external)\b", test)
+        if service:
+            return service[1]
+        return file if file.endswith(("test_bench.py", "test_demo.py")) else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Sharing:
+    """What gives tests to processes."""
+    return Sharing(config, log)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core, four at the most: each imports everything. None for tests that somebody names."""
+    return 0 if any("::" in argument for argument in config.args) else min(os.cpu_count() or 1, 4)
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ class Hospital:
     fhir_url: str
     database: str
     patience: float = 600
-    clock: HurriedClock = field(default_factory=HurriedClock)
+    clock: Clock = field(default_factory=HurriedClock)
     flags: dict[str, dict[str, Json]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -359,19 +359,39 @@ def json_of(dataset: pydicom.Dataset) -> Json:
 
 @contextmanager
 def serving(application: Starlette) -> Iterator[str]:
-    """An ASGI app on a port of its own; its base URL."""
+    """An ASGI app on a port of its own; its base URL. It ends at once, and not at the next of uvicorn's ticks."""
     config = uvicorn.Config(
         application, port=0, log_config=None, log_level="critical", access_log=False, lifespan="off", ws="none"
     )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server, runner = uvicorn.Server(config), asyncio.Runner()
+    up, ended = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        await server.startup()
+        await server.on_tick(0)
+        up.set()
+        await ended.wait()
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+
+    def run() -> None:
+        try:
+            with runner:
+                runner.run(serve())
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.005)
+    up.wait()
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        server.should_exit = server.force_exit = True
+        runner.get_loop().call_soon_threadsafe(ended.set)
         thread.join()
 
 

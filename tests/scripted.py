@@ -2,11 +2,12 @@
 
 import contextlib
 import http.server
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ def serving(answer: Callable[[Request], Answer]) -> Iterator[Service]:
         thread.join()
 
 
-def unused_url() -> str:
-    """An address of loopback that refuses connections."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@contextlib.contextmanager
+def unused_url() -> Iterator[str]:
+    """An address of loopback that refuses connections while the block lasts."""
+    with stack.free_port() as port:
+        yield f"http://127.0.0.1:{port}"

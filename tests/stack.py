@@ -49,12 +49,14 @@ def check_wanted(part: str) -> None:
         missing(part, "take it out of DICOMCAST_TEST_WITHOUT")
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def free_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that nobody listens on; while the block lasts, none but a server that asks for it gets it."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port: int = held.getsockname()[1]
+        yield port
 
 
 @contextlib.contextmanager
@@ -106,8 +108,8 @@ def postgres() -> Iterator[str]:
     if url := os.environ.get("DICOMCAST_TEST_DATABASE_URL"):
         yield url
         return
-    binaries, options, port = _postgres_binaries(), _as_postgres(), free_port()
-    with tempfile.TemporaryDirectory(prefix="dicomcast-postgres-") as name:
+    binaries, options = _postgres_binaries(), _as_postgres()
+    with tempfile.TemporaryDirectory(prefix="dicomcast-postgres-") as name, free_port() as port:
         home = Path(name)
         if options:
             shutil.chown(home, options["user"], options["group"])
@@ -228,36 +230,36 @@ def orthanc(folder: Path) -> Iterator[Orthanc]:
     plugins = [ORTHANC_PLUGINS / name for name in ("libOrthancDicomWeb.so", "libOrthancPython.so")]
     if not all(path.exists() for path in (program, *plugins)):
         missing("Orthanc", "install the Debian packages orthanc, orthanc-dicomweb and orthanc-python")
-    port = free_port()
-    options = {
-        "StorageDirectory": str(folder),
-        "IndexDirectory": str(folder),
-        "Plugins": [str(path) for path in plugins],
-        "PythonScript": str(HERE / "orthanc" / "feed.py"),
-        "HttpPort": port,
-        "RemoteAccessAllowed": False,
-        "AuthenticationEnabled": False,
-        "DicomServerEnabled": False,
-        "DefaultEncoding": "Utf8",  # else search results lose the characters that Latin-1 lacks
-        "OverwriteInstances": False,  # the DICOM service keeps what it has, too
-        "DicomWeb": {
-            "Enable": True,
-            "Root": "/v1/",
-            "Host": f"127.0.0.1:{port}",
-            "StudiesMetadata": "Full",
-            "SeriesMetadata": "Full",
-        },
-    }
-    configuration = folder / "orthanc.json"
-    configuration.write_text(json.dumps(options))
-    server = Orthanc(f"http://127.0.0.1:{port}")
+    with free_port() as port:
+        options = {
+            "StorageDirectory": str(folder),
+            "IndexDirectory": str(folder),
+            "Plugins": [str(path) for path in plugins],
+            "PythonScript": str(HERE / "orthanc" / "feed.py"),
+            "HttpPort": port,
+            "RemoteAccessAllowed": False,
+            "AuthenticationEnabled": False,
+            "DicomServerEnabled": False,
+            "DefaultEncoding": "Utf8",  # else search results lose the characters that Latin-1 lacks
+            "OverwriteInstances": False,  # the DICOM service keeps what it has, too
+            "DicomWeb": {
+                "Enable": True,
+                "Root": "/v1/",
+                "Host": f"127.0.0.1:{port}",
+                "StudiesMetadata": "Full",
+                "SeriesMetadata": "Full",
+            },
+        }
+        configuration = folder / "orthanc.json"
+        configuration.write_text(json.dumps(options))
+        server = Orthanc(f"http://127.0.0.1:{port}")
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{server.url}/v1/changefeed/latest").is_success
-        except httpx.TransportError:
-            return False
+        def ready() -> bool:
+            try:
+                return httpx.get(f"{server.url}/v1/changefeed/latest").is_success
+            except httpx.TransportError:
+                return False
 
-    # Killed, not asked: it would take two seconds to put data in order that nobody reads again.
-    with running([program, configuration], log=folder / "orthanc.log", ready=ready, end=signal.SIGKILL):
-        yield server
+        # Killed, not asked: it would take two seconds to put data in order that nobody reads again.
+        with running([program, configuration], log=folder / "orthanc.log", ready=ready, end=signal.SIGKILL):
+            yield server

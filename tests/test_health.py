@@ -126,18 +126,18 @@ def becomes(url: str, status: int) -> httpx.Response:
 
 
 def test_readiness_follows_the_services_and_liveness_does_not(sandbox: sandbox.Sandbox, tmp_path: Path) -> None:
-    port = stack.free_port()
-    options = settings.load(
-        flags={
-            "dicom": {"url": sandbox.dicom_url, "poll": "50ms"},
-            "fhir": {"url": sandbox.fhir_url},
-            "database": {"url": f"sqlite:///{tmp_path / 'state.db'}"},
-            "patient": {"system": "urn:test"},
-            "web": {"port": port},
-        }
-    )
-    url = f"http://127.0.0.1:{port}"
-    with structlog.testing.capture_logs(), running(options):
+    flags = {
+        "dicom": {"url": sandbox.dicom_url, "poll": "50ms"},
+        "fhir": {"url": sandbox.fhir_url},
+        "database": {"url": f"sqlite:///{tmp_path / 'state.db'}"},
+        "patient": {"system": "urn:test"},
+    }
+    with (
+        structlog.testing.capture_logs(),
+        stack.free_port() as port,
+        running(settings.load(flags={**flags, "web": {"port": port}})),
+    ):
+        url = f"http://127.0.0.1:{port}"
         becomes(f"{url}/readyz", 200)
         httpx.post(f"{sandbox.dicom_url}/sandbox/faults", json={"status": 401}).raise_for_status()
 

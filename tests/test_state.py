@@ -809,10 +809,10 @@ def test_file_that_is_no_database_is_misconfigured(tmp_path: Path, clock: virtua
 
 
 def test_database_that_is_away_is_unavailable(clock: virtual.Clock) -> None:
-    state = store.Store(f"postgresql+psycopg://nobody@127.0.0.1:{stack.free_port()}/none", clock=clock)
-
-    with pytest.raises(errors.Unavailable) as away:
-        state.open()
+    with stack.free_port() as port:
+        state = store.Store(f"postgresql+psycopg://nobody@127.0.0.1:{port}/none", clock=clock)
+        with pytest.raises(errors.Unavailable) as away:
+            state.open()
 
     assert away.value.service == "database"
     state.close()

@@ -265,8 +265,16 @@ def test_a_study_that_somebody_took_our_identifier_from_keeps_what_is_theirs(loc
     alone(local, study)
 
 
-def test_a_version_that_was_restored_and_edited_is_not_the_one_of_that_number(tmp_path: Path) -> None:
-    ports = stack.free_port(), stack.free_port()
+@pytest.fixture
+def ports() -> Iterator[tuple[int, int]]:
+    """For services that come back where they were."""
+    with stack.free_port() as dicom, stack.free_port() as fhir:
+        yield dicom, fhir
+
+
+def test_a_version_that_was_restored_and_edited_is_not_the_one_of_that_number(
+    ports: tuple[int, int], tmp_path: Path
+) -> None:
     study = a_study(instances=3)
     data, backup = tmp_path / "data", tmp_path / "backup"
 

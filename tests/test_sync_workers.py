@@ -22,8 +22,8 @@ from dicomcast import sandbox as services
 from dicomcast.state import store, tables
 from dicomcast.sync.ledger import Ledger
 
-LEASE = 320.0
-"""Seconds of the hurried clock: 1.6 s of the machine's. A successor waits a quarter of it."""
+LEASE = 640.0
+"""Seconds of the hurried clock: 3.2 s of the machine's, which may be busy. A successor waits a quarter of it."""
 LONG = 10 * LEASE
 """Of a worker that stalls for less than the quarter after which it renews."""
 AT_ONCE = {"dicom": {"poll": 1.0}, "settle": {"idle": 1.0, "max": 2.0}, "web": {"port": 0}}

@@ -128,7 +128,8 @@ def test_status_that_is_expected_is_returned(clock: virtual.Clock) -> None:
 
 
 def test_nobody_listening_is_unavailable_to_reads_and_writes(clock: virtual.Clock) -> None:
-    failed = failures(scripted.unused_url(), read, stream, write, clock=clock)
+    with scripted.unused_url() as url:
+        failed = failures(url, read, stream, write, clock=clock)
 
     assert [errors.Unavailable] * 3 == [type(one) for one in failed]
 
@@ -330,7 +331,8 @@ def test_request_that_finds_nobody_is_counted(clock: virtual.Clock) -> None:
             await write(service)
         return service.requests
 
-    assert ask(scripted.unused_url(), counted, clock=clock) == 1
+    with scripted.unused_url() as url:
+        assert ask(url, counted, clock=clock) == 1
 
 
 OUTCOME = {"resourceType": "OperationOutcome", "issue": [{"code": "invariant", "diagnostics": f"{PATIENT_ID} is bad"}]}

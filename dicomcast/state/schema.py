@@ -1,13 +1,11 @@
-"""The schema's versions, by Alembic: an empty database is made by whoever comes first, any other step is a person's."""
+"""The schema's versions, by Alembic: an empty database is made by whoever comes first, any other step is a person's.
 
-import functools
+Alembic is imported for a step, and not for a look: it is a sixth of the program's start.
+"""
+
 from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 
 from dicomcast import errors
 
@@ -16,21 +14,26 @@ _SCRIPTS = Path(__file__).with_name("migrations")
 
 def newest() -> str:
     """The revision that this version of dicomcast works with."""
-    head = _scripts().get_current_head()
-    assert head is not None
-    return head
+    return _revisions()[-1]
 
 
 def current(connection: sa.Connection) -> str | None:
     """The database's revision; None where it has no schema of ours."""
-    return MigrationContext.configure(connection).get_current_revision()
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    revision: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 def upgrade(connection: sa.Connection) -> tuple[str | None, str]:
     """Bring the schema to the newest revision; raises `Incompatible` where it is ahead of us."""
+    from alembic import command
+    from alembic.config import Config
+
     before = current(connection)
     _refuse_unknown(before)
-    config = _config()
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
     return before, newest()
@@ -53,22 +56,12 @@ def prepare(connection: sa.Connection) -> None:
 
 
 def _refuse_unknown(revision: str | None) -> None:
-    if revision is not None and revision not in {script.revision for script in _scripts().walk_revisions()}:
+    if revision is not None and revision not in _revisions():
         raise errors.Incompatible(
             f"the database's schema is at {revision}, which this version does not know: a newer dicomcast made it"
         )
 
 
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(_SCRIPTS))
-    return config
-
-
-def _scripts() -> ScriptDirectory:
-    return _directory(str(_SCRIPTS))
-
-
-@functools.cache
-def _directory(_: str) -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
+def _revisions() -> list[str]:
+    """All that this version knows, oldest first: a file for each, whose name begins with it."""
+    return sorted(path.name.split("_")[0] for path in (_SCRIPTS / "versions").glob("[0-9]*.py"))
