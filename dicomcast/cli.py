@@ -337,6 +337,7 @@ def backfill(
     file: Annotated[Path | None, typer.Option("--studies-file", help="Study Instance UIDs, one a line")] = None,
     every: Annotated[bool, typer.Option("--all", help="all studies that the DICOM service has")] = False,
     rate: Rate = None,
+    allow_deletes: AllowDeletes = None,
     output: FormatOption = Format.TABLE,
 ) -> int:
     """Bring studies into FHIR that the change feed does not tell of."""
@@ -345,7 +346,7 @@ def backfill(
     dates = (_day(first, "--from"), _day(last, "--to") if last else datetime.now(UTC).date()) if first else None
     if dates and dates[0] > dates[1]:
         raise typer.BadParameter("is before --from", param_hint="--to")
-    limits = operations.Limits(per_second=rate)
+    limits = operations.Limits(per_second=rate, allow_deletes=allow_deletes)
     named = operations.named_in(file) if file is not None else None
     return _job(partial(operations.backfill, limits=limits, dates=dates, named=named), output, title="Backfill")
 
@@ -388,8 +389,8 @@ def work_list(output: FormatOption = Format.TABLE) -> int:
 def work_cancel(job: Annotated[int, typer.Argument(help="id of the job")]) -> int:
     """Give up what a job still waits for. What it has done stays done."""
     given_up = operations.cancel(_settings(unused=("fhir",)), job)
-    _say(f"{given_up} studies are not waited for any more.")
-    return 0 if given_up else 1
+    _say(f"No job {job} waits." if given_up is None else f"{given_up} studies are not waited for any more.")
+    return 1 if given_up is None else 0
 
 
 @state_app.command("show")

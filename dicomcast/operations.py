@@ -10,7 +10,7 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from functools import partial
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import structlog
 
 from dicomcast import app, errors, mapping, settings
 from dicomcast.clock import Clock
@@ -39,13 +40,18 @@ Position, read_exported = operators.Position, operators.read_exported
 Progress = Callable[[int, int], None]
 """Called with the studies that are done, and all of them."""
 
-_LOOK_EVERY = 0.5
+_LOOK_EVERY = 1.0
+_SLICE = 60.0
+"""Seconds that a verb holds the lease at a time, and how long it leaves it to others then: images come first."""
+_BREATH = 3.0
 _COMPARED_AT_ONCE = 16
 _COMPARED_TOGETHER = 200
 _WINDOW = timedelta(days=31)
 _LATE = 1000
 """Sequences below the newest that the DICOM service may still be about to commit."""
 _SAME = "same"
+log = structlog.get_logger("dicomcast")
+
 _COUNTED = ("created", "updated", "unchanged", "deleted")
 
 
@@ -76,7 +82,7 @@ class Selection:
         named = {"id": self.ids, "study": self.studies, "series": self.series, "kind": self.kinds}
         words = [f"--{name} {value}" for name, values in named.items() for value in values]
         words += [f"--since {self.since}"] if self.since else []
-        words += [f"--{name}" for name in ("all", "outdated") if getattr(self, name.replace("all", "everything"))]
+        words += ["--all"] * self.everything + ["--outdated"] * self.outdated
         words += [f"--limit {self.limit}"] if self.limit is not None else []
         return " ".join(words)
 
@@ -89,7 +95,6 @@ class Report:
     rows: list[dict[str, Json]] = field(default_factory=list)
     amiss: bool = False
     stopped: int | None = None
-    left: int = 0
 
 
 @dataclass(slots=True)
@@ -108,6 +113,8 @@ class Desk:
     links: Links
     rehearsal: Rehearsal
     progress: Progress
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a turn at work is over."""
 
     def begin(self, verb: str, scope: str, limits: Limits) -> jobs.Job:
         """The unfinished job of this verb and scope, or a new one; the audit says who asked."""
@@ -170,48 +177,65 @@ async def at_desk(
                 return Report({}, stopped=stop.signal)
 
 
+async def _put(
+    desk: Desk, job: jobs.Job, studies: Iterable[str], *, to_compare: bool = False, cursor: str | None = None
+) -> None:
+    """Studies into the database, a few at a time, and with the last of them `cursor`."""
+    coming = iter(studies)
+    while len(some := list(islice(coming, jobs.TOGETHER))) == jobs.TOGETHER:
+        await in_thread(jobs.add, desk.state, job, some, to_compare=to_compare, cursor=job.cursor)
+        if desk.stop.is_set():
+            raise Stopped
+    await in_thread(jobs.add, desk.state, job, some, to_compare=to_compare, cursor=cursor)
+
+
 async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
     """Until all of a job's work is done: by the worker that holds the lease, or by ourselves where none does."""
-    known: tuple[int, ...] = ()
+    alive: tuple[Any, ...] = ()
     since = desk.clock.monotonic()
-    while True:
-        now = await in_thread(jobs.progress, desk.state, job)
-        desk.progress(now.done, now.states.total())
-        if now.held is not None and now.left:
-            raise errors.NeedsPerson(
-                f"{now.held}, and {now.left} studies of this {job.verb} still wait: look at them with --dry-run or "
-                "verify, and where it is right say --allow-deletes N"
-            )
-        if not now.left or desk.stop.is_set():
-            return now
-        moved = await in_thread(jobs.traffic, desk.state, desk.feed_id)
-        if moved != known:
-            known, since = moved, desk.clock.monotonic()
-        if not await in_thread(desk.worked_on):
-            try:
-                await _work(desk, job)
-            except (errors.LeaseHeld, errors.LeaseLost):
-                pass  # somebody else came first
-            else:
-                continue
-        if desk.clock.monotonic() - since > desk.options.sync.patience:
-            feed = desk.state.feed(desk.options.feed_name) or {}
-            if feed.get("trouble"):
-                raise errors.Unavailable("worker", feed["trouble"])
-            raise errors.LeaseHeld("the worker that holds the lease has not come to this; it goes on all the same")
-        await desk.patience.wait(_LOOK_EVERY)
-
-
-async def _work(desk: Desk, job: jobs.Job) -> None:
-    """Hold the lease for as long as the job has work."""
-
-    async def show() -> None:
+    at_work: asyncio.Task[None] | None = None
+    try:
         while True:
             now = await in_thread(jobs.progress, desk.state, job)
             desk.progress(now.done, now.states.total())
-            await desk.clock.sleep(_LOOK_EVERY)
+            if at_work is not None and at_work.done():
+                await at_work  # raises what ended it
+                at_work, since = None, desk.clock.monotonic()
+            elif at_work is None:
+                if now.held is not None and now.left:
+                    raise errors.NeedsPerson(
+                        f"{now.held}, and {now.left} studies of this {job.verb} still wait: look at them with "
+                        "--dry-run or verify, and where it is right say --allow-deletes N"
+                    )
+                if not now.left or desk.stop.is_set():
+                    return now
+                if not await in_thread(desk.worked_on):
+                    at_work = asyncio.create_task(_work(desk, job))
+                sign = await in_thread(jobs.sign_of_life, desk.state, desk.feed_id)
+                if sign != alive or at_work is not None:
+                    alive, since = sign, desk.clock.monotonic()
+                elif desk.clock.monotonic() - since > desk.options.sync.patience:
+                    raise _silent(desk)
+            await desk.patience.wait(_LOOK_EVERY, moved=desk.finished)
+            desk.finished.clear()
+    finally:
+        if at_work is not None:
+            await asyncio.gather(at_work, return_exceptions=True)
 
-    shown = asyncio.create_task(show())
+
+def _silent(desk: Desk) -> errors.Error:
+    """Why the worker that holds the lease does nothing."""
+    feed = desk.state.feed(desk.options.feed_name) or {}
+    if feed.get("trouble"):
+        return errors.Unavailable("worker", feed["trouble"])
+    return errors.LeaseHeld("the worker that holds the lease has not come to this; it goes on all the same")
+
+
+async def _work(desk: Desk, job: jobs.Job) -> None:
+    """Hold the lease while the job has work, and give it back now and then: a worker may wait for it."""
+    enough = asyncio.ensure_future(desk.patience.wait(_SLICE))
+    enough.add_done_callback(lambda _: stop.set())
+    stop = app.Stop()
     try:
         async with app.services(desk.options, clock=desk.clock) as (dicom, fhir):
             worker = app.worker(
@@ -221,14 +245,19 @@ async def _work(desk: Desk, job: jobs.Job) -> None:
                 fhir=fhir,
                 state=desk.state,
                 clock=desk.clock,
-                stop=desk.stop,
+                stop=stop,
                 once=True,
                 job=job.id,
             )
             await worker.work()
+    except (errors.LeaseHeld, errors.LeaseLost):
+        pass  # somebody else came first
+    else:
+        if stop.is_set():
+            await desk.patience.wait(_BREATH)
     finally:
-        shown.cancel()
-        await asyncio.gather(shown, return_exceptions=True)
+        enough.cancel()
+        desk.finished.set()
 
 
 async def _rehearsed(desk: Desk, studies: Sequence[str], limits: Limits) -> list[Rehearsed]:
@@ -261,15 +290,17 @@ async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: b
     chosen = await _chosen(desk, selection)
     job = desk.begin("replay", selection.scope, limits)
     if not job.listed:
-        jobs.add(desk.state, job, chosen)
+        await _put(desk, job, chosen)
         jobs.listed(desk.state, job, now=desk.clock.now())
     done = await _work_through(desk, job)
+    results = jobs.results(desk.state, job.id)
     document = {
-        "replayed": done.results.total(),
-        **{word: done.results[word] for word in _COUNTED},
-        "still_failing": done.results["failed"],
+        "replayed": results.total(),
+        **{word: results[word] for word in _COUNTED},
+        "still_failing": results["failed"],
     }
-    return Report(document, amiss=done.results["failed"] > 0, stopped=desk.stop.signal, left=done.left)
+    amiss = results["failed"] > 0 or done.states["cancelled"] > 0
+    return Report(document, amiss=amiss, stopped=desk.stop.signal)
 
 
 async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
@@ -354,7 +385,7 @@ async def verify(
     job = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits)
     if not job.listed:
         if studies:
-            jobs.add(desk.state, job, studies, to_compare=True)
+            await _put(desk, job, studies, to_compare=True)
         else:
             await desk.patience.unless_stopped(_list_all(desk, job, since=since))
         jobs.listed(desk.state, job, now=desk.clock.now())
@@ -363,7 +394,7 @@ async def verify(
     if differing and desk.worked_on():
         # The worker may just have been about to write what is missing.
         await desk.patience.wait(2 * desk.options.settle.idle)
-        jobs.put_back(desk.state, differing, as_="listed")
+        await in_thread(jobs.put_back, desk.state, job, as_="listed")
         await _compare(desk, job, limits)
         differing = _differing(desk, job)
     checked = jobs.progress(desk.state, job).done
@@ -376,33 +407,36 @@ async def verify(
 
 
 def _differing(desk: Desk, job: jobs.Job) -> dict[int, dict[str, Json]]:
-    rows = jobs.different(desk.state, job, same=_SAME)
+    rows = jobs.different(desk.state, job)
     return {row.id: {"study_instance_uid": row.study_instance_uid, **orjson.loads(row.detail)} for row in rows}
 
 
 async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> None:
     """Studies that the database, the DICOM service or the FHIR service has, each once; taken up where it stopped."""
     phase, _, place = (job.cursor or "state").partition(" ")
-    narrowed = []
     if since is not None:
         start = settings.moment(since, desk.clock.now())
-        narrowed = [tables.study.c.synced_at >= start]
-    if phase == "state":
-        jobs.add(desk.state, job, jobs.known(desk.state, desk.feed_id, *narrowed), to_compare=True, cursor="dicom 0")
-        phase, place = "dicom", "0"
-    if since is not None:
+        known = jobs.known(desk.state, desk.feed_id, tables.study.c.synced_at >= start)
+        await _put(desk, job, known, to_compare=True)
         await _list_feed(desk, job, start)
         return
+    if phase == "state":
+        await _put(desk, job, jobs.known(desk.state, desk.feed_id), to_compare=True, cursor="dicom 0")
+        phase, place = "dicom", "0"
     if phase == "dicom":
         await _list_dicom(desk, job, place="dicom", offset=int(place), to_compare=True)
-        jobs.add(desk.state, job, (), cursor="fhir")
+        await _put(desk, job, (), cursor="fhir")
     endpoint, _ = await desk.patience.with_("fhir", desk.links.endpoints)
     if endpoint is None:
         return
     query = Query("ImagingStudy", (("endpoint", endpoint.reference), ("_elements", "identifier"), ("_count", "200")))
-    async for page in desk.fhir.each(query):
-        uids = (_study_uid(one) for one in page)
-        jobs.add(desk.state, job, [uid for uid in uids if uid], to_compare=True, cursor="fhir")
+    try:
+        async for page in desk.fhir.each(query):
+            uids = (_study_uid(one) for one in page)
+            await _put(desk, job, [uid for uid in uids if uid], to_compare=True, cursor="fhir")
+    except (errors.Rejected, errors.Conflict) as refused:
+        # Its pages expired, or it knows no such search: what only FHIR has is found by the next verification, or never.
+        log.warning("not all of FHIR was listed", reason=str(refused))
 
 
 async def _list_feed(desk: Desk, job: jobs.Job, since: datetime) -> None:
@@ -413,7 +447,7 @@ async def _list_feed(desk: Desk, job: jobs.Job, since: datetime) -> None:
     while after < newest:
         page = await desk.patience.with_("dicom", partial(desk.dicom.page, after, metadata=False))
         uids = [entry.study_uid for entry in page if entry.study_uid]
-        jobs.add(desk.state, job, dict.fromkeys(uids), to_compare=True, cursor=None)
+        await _put(desk, job, dict.fromkeys(uids), to_compare=True)
         after += PAGE
 
 
@@ -428,21 +462,23 @@ async def _list_dicom(
 ) -> None:
     """Studies that QIDO-RS finds, from an offset on; `place` and offset are the cursor."""
     async for page in desk.dicom.studies(offset=offset, dates=dates):
-        jobs.add(desk.state, job, page, to_compare=to_compare, cursor=f"{place} {offset}")
+        await _put(desk, job, page, to_compare=to_compare, cursor=f"{place} {offset}")
         offset += len(page) - len(page) // 10
 
 
 async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> None:
     """What waits to be compared, a few at a time; results are kept as they come."""
-    while some := jobs.to_compare(desk.state, job, limit=_COMPARED_TOGETHER):
+    states = (await in_thread(jobs.progress, desk.state, job)).states
+    done, total = states["done"], states.total()
+    while some := await in_thread(jobs.to_compare, desk.state, job, limit=_COMPARED_TOGETHER):
         studies = [work.study_instance_uid for work in some]
         results = []
         for work, rehearsed in zip(some, await _rehearsed(desk, studies, limits), strict=True):
             kind, detail = _verdict(desk, work.study_instance_uid, rehearsed)
             results.append((work.id, kind, orjson.dumps({"kind": kind, **detail}).decode() if detail else None))
-        jobs.compared(desk.state, results, now=desk.clock.now())
-        counts = jobs.progress(desk.state, job)
-        desk.progress(counts.done, counts.states.total())
+        await in_thread(jobs.compared, desk.state, results, now=desk.clock.now())
+        done += len(some)
+        desk.progress(done, total)
 
 
 def _verdict(desk: Desk, study_uid: str, rehearsed: Rehearsed) -> tuple[str, dict[str, Json]]:
@@ -476,7 +512,7 @@ def _unrecorded(desk: Desk, study_uid: str, wanted: store.Study | None) -> bool:
     if wanted is None or wanted.outcome == "deleted":
         return False
     row = desk.state.study_row(desk.feed_id, study_uid)
-    columns = ("outcome", "imaging_study", "series", "instances")
+    columns = ("outcome",) if wanted.outcome == "shared" else ("outcome", "imaging_study", "series", "instances")
     return row is None or any(row[name] != getattr(wanted, name) for name in columns)
 
 
@@ -499,12 +535,12 @@ async def _repair(
         raise errors.NeedsPerson(
             f"{extra} of {checked} studies would be taken out of FHIR; where that is right, say --allow-deletes {extra}"
         )
-    jobs.put_back(desk.state, differing, as_="waiting")
+    await in_thread(jobs.put_back, desk.state, job, as_="waiting")
     await _work_through(desk, job)
-    results = jobs.results(desk.state, job)
+    mended = {row.id for row in jobs.different(desk.state, job) if row.state == "done" and row.result in _COUNTED}
     for work_id, one in differing.items():
-        one["repaired"] = results.get(work_id) in _COUNTED
-    return sum(one["repaired"] for one in differing.values())
+        one["repaired"] = work_id in mended
+    return len(mended)
 
 
 async def _orphans(desk: Desk) -> list[dict[str, Json]]:
@@ -515,9 +551,20 @@ async def _orphans(desk: Desk) -> list[dict[str, Json]]:
         if not resources.is_tagged(one.resource) or (ours is not None and one.id == ours.id):
             continue
         used = Query("ImagingStudy", (("endpoint", one.reference), ("_elements", "identifier"), ("_count", "1")))
-        if not [held async for page in desk.fhir.each(used) for held in page]:
+        if not await _answered(desk, used):
             found.append({"study_instance_uid": None, "kind": "orphaned-endpoint", "endpoint": one.id})
     return found
+
+
+async def _answered(desk: Desk, query: Query) -> bool:
+    """Whether a search finds anything, or the service can't say."""
+    try:
+        async with aclosing(desk.fhir.each(query)) as pages:
+            async for page in pages:
+                return bool(page)
+    except (errors.Rejected, errors.Conflict):
+        pass
+    return True
 
 
 def _study_uid(held: resources.Held) -> str | None:
@@ -541,26 +588,28 @@ async def backfill(
     what = "--from --to" if dates else "--all" if named is None else "--studies-file"
     scope = f"{what} {hashlib.sha256(' '.join(wanted).encode()).hexdigest()[:12]}" if wanted else what
     job = desk.begin("backfill", scope, limits)
+    if job.handover is None:
+        latest = await desk.patience.with_("dicom", desk.dicom.latest)
+        job = jobs.hand_over_at(desk.state, job, max(0, latest.sequence - _LATE) if latest else 0)
     if not job.listed:
         await desk.patience.unless_stopped(_list_for_backfill(desk, job, dates=dates, named=named))
     done = await _work_through(desk, job)
+    results = jobs.results(desk.state, job.id)
     document = {
         "listed": done.states.total(),
-        **{word: done.results[word] for word in (*_COUNTED, "failed")},
-        "handover": jobs.again(desk.state, job).handover,
+        **{word: results[word] for word in (*_COUNTED, "failed")},
+        "handover": job.handover,
     }
-    return Report(document, amiss=done.results["failed"] > 0, stopped=desk.stop.signal, left=done.left)
+    amiss = results["failed"] > 0 or done.states["cancelled"] > 0
+    return Report(document, amiss=amiss, stopped=desk.stop.signal)
 
 
 async def _list_for_backfill(
     desk: Desk, job: jobs.Job, *, dates: tuple[date, date] | None, named: Sequence[str] | None
 ) -> None:
-    if job.handover is None:
-        latest = await desk.patience.with_("dicom", desk.dicom.latest)
-        jobs.hand_over_at(desk.state, job, max(0, latest.sequence - _LATE) if latest else 0)
     window, _, offset = (job.cursor or "0 0").partition(" ")
     if named is not None:
-        jobs.add(desk.state, job, named)
+        await _put(desk, job, named)
     elif dates is None:
         await _list_dicom(desk, job, offset=int(offset))
     else:
@@ -653,7 +702,7 @@ def waiting(options: settings.Settings) -> list[store.Row]:
         return jobs.unfinished(state, feed["id"]) if feed is not None else []
 
 
-def cancel(options: settings.Settings, job_id: int) -> int:
-    """Give up what a job still waits for; how many studies."""
+def cancel(options: settings.Settings, job_id: int) -> int | None:
+    """Give up what a job still waits for; how many studies, or None where no such job goes on."""
     with _state(options) as (state, feed):
         return jobs.cancel(state, feed["id"], job_id, by=operator(), now=Clock().now())

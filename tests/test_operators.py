@@ -717,7 +717,7 @@ def filled(hospital: Hospital, feed_id: int) -> None:
         tables.failure: {"kind": "invalid", "stage": "map", "message": "m", "attempts": 1, "first_seen": OLD},
         tables.study: {"series": 1, "instances": 1, "first_sequence": 1, "last_sequence": 1, "mapping_digest": "d"},
         tables.job: {"verb": "replay", "scope": "--all", "requested_by": "me", "requested_at": OLD},
-        tables.work: {"reason": "replay", "priority": 10},
+        tables.work: {"reason": "replay"},
         tables.flush_hour: {"road": "fold", "outcome": "created", "flushes": 1, "entries": 1, "seconds": 0.1},
         tables.audit: {"who": "me", "action": "dismiss", "detail": "failures 1: why"},
     }
@@ -810,7 +810,7 @@ def test_done_work_of_a_job_that_goes_on_is_kept(hospital: Hospital) -> None:
     with hospital.state() as (state, feed_id), database(hospital) as connection:
         job = {"id": 1, "verb": "verify", "scope": "--all", "requested_by": "me", "requested_at": OLD}
         connection.execute(sa.insert(tables.job), {"feed_id": feed_id, "listed_at": OLD, **job})
-        work = {"feed_id": feed_id, "job_id": 1, "reason": "verify", "priority": 20, "result": "same"}
+        work = {"feed_id": feed_id, "job_id": 1, "reason": "verify", "result": "same"}
         done = {"study_instance_uid": "1.1", "state": "done", "finished_at": OLD}
         connection.execute(sa.insert(tables.work), [{**work, **done}])
         waiting = {"study_instance_uid": "1.2", "state": "listed", "finished_at": None}

@@ -5,7 +5,7 @@ transaction's `etag`, lists no `batch` and no `updateCreate` though it has both,
 minute unless told `no-cache`; Azure refuses strong ETags. References: Azure `microsoft/fhir-server`, HAPI 8.8.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,7 +114,7 @@ class FhirService:
                 pass  # it may work one by one, and in a batch the next time
         return [found[query] if query in found else await self._search_alone(query) for query in queries]
 
-    async def each(self, query: Query) -> AsyncIterator[list[Held]]:
+    async def each(self, query: Query) -> AsyncGenerator[list[Held], None]:
         """Hits of a search however many they are, page by page. Raises `Conflict` where its pages expire meanwhile."""
         path = f"/{query.type}?{urlencode(query.parameters)}"
         response = await self._service.read("GET", path, headers=_READ)

@@ -6,7 +6,7 @@ same call takes up again.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -14,13 +14,15 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from dicomcast import errors
 from dicomcast.state import tables
 from dicomcast.state.store import ATTENTION, Lease, Store
 
-PRIORITIES = {"replay": 10, "verify": 20, "backfill": 30}
-"""Of each verb; the lowest first."""
-_TOGETHER = 2000
-"""Rows of one transaction."""
+_URGENCY = ("replay", "verify", "backfill")
+"""Whose work comes first."""
+TOGETHER = 2000
+"""Rows of one transaction at most: others wait no longer than it takes."""
+_CANCELLED = "cancelled"
 _PASSED_OVER = ("partition",)
 """Kinds of failures that no look at the study can settle."""
 
@@ -53,10 +55,9 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is: rows by state, and what is done by result."""
+    """How far a job is: its studies by state."""
 
     states: Counter[str]
-    results: Counter[str]
     held: str | None
 
     @property
@@ -105,30 +106,28 @@ def note(connection: sa.Connection, feed_id: int, *, who: str, action: str, deta
     connection.execute(sa.insert(tables.audit).values(values))
 
 
-def add(state: Store, job: Job, studies: Iterable[str], *, to_compare: bool = False, cursor: str | None = None) -> None:
-    """Studies of a job, each once, and with the last of them how far its listing has come."""
-    rows = (
+def add(
+    state: Store, job: Job, studies: Collection[str], *, to_compare: bool = False, cursor: str | None = None
+) -> None:
+    """Some studies of a job, each once, and how far its listing is with them. Raises `NeedsPerson` if cancelled."""
+    work, table = tables.work, tables.job
+    rows = [
         {
             "feed_id": job.feed_id,
             "job_id": job.id,
             "study_instance_uid": study_uid,
             "reason": job.verb,
             "state": "listed" if to_compare else "waiting",
-            "priority": PRIORITIES[job.verb],
         }
         for study_uid in studies
-    )
-    work, table = tables.work, tables.job
-    unique = [work.c.job_id, work.c.study_instance_uid]
-    more = True
-    while more:
-        some = list(islice(rows, _TOGETHER))
-        more = len(some) == _TOGETHER
-        with state.transaction(alone=True) as connection:
-            if some:
-                connection.execute(state.insert(work).on_conflict_do_nothing(index_elements=unique), some)
-            if not more:
-                connection.execute(sa.update(table).where(table.c.id == job.id).values(cursor=cursor))
+    ]
+    with state.transaction(alone=True) as connection:
+        if _job(connection, job.id).held == _CANCELLED:
+            raise errors.NeedsPerson(f"job {job.id} was cancelled")
+        if rows:
+            unique = [work.c.job_id, work.c.study_instance_uid]
+            connection.execute(state.insert(work).on_conflict_do_nothing(index_elements=unique), rows)
+        connection.execute(sa.update(table).where(table.c.id == job.id).values(cursor=cursor))
 
 
 def listed(state: Store, job: Job, *, now: datetime, whole: bool = False) -> None:
@@ -143,52 +142,59 @@ def listed(state: Store, job: Job, *, now: datetime, whole: bool = False) -> Non
             connection.execute(sa.update(feed).where(*unread).values(start))
 
 
-def hand_over_at(state: Store, job: Job, sequence: int) -> None:
-    """Remember the feed's newest sequence before anything was listed."""
+def hand_over_at(state: Store, job: Job, sequence: int) -> Job:
+    """Remember where the feed is to be taken up, before anything is listed."""
     table = tables.job
     with state.transaction(alone=True) as connection:
         connection.execute(sa.update(table).where(table.c.id == job.id).values(handover=sequence))
-
-
-def again(state: Store, job: Job) -> Job:
-    """The job as it is now."""
-    with state.transaction() as connection:
         return _job(connection, job.id)
 
 
 def progress(state: Store, job: Job) -> Progress:
     """How far it is."""
     work = tables.work
+    query = sa.select(work.c.state, sa.func.count()).where(work.c.job_id == job.id).group_by(work.c.state)
     with state.transaction() as connection:
-        query = sa.select(work.c.state, work.c.result, sa.func.count()).where(work.c.job_id == job.id)
-        states: Counter[str] = Counter()
-        results: Counter[str] = Counter()
-        for row in connection.execute(query.group_by(work.c.state, work.c.result)):
-            states[row[0]] += row[2]
-            if row[0] == "done":
-                results[row[1]] += row[2]
-        return Progress(states, results, _job(connection, job.id).held)
+        states = Counter({row[0]: row[1] for row in connection.execute(query)})
+        return Progress(states, _job(connection, job.id).held)
 
 
-def traffic(state: Store, feed_id: int) -> tuple[int, ...]:
-    """What moves while a worker does anything: the watermark, and how much work waits."""
-    work, feed = tables.work, tables.feed
-    waiting = sa.select(sa.func.count()).where(work.c.feed_id == feed_id, work.c.state == "waiting").scalar_subquery()
+def results(state: Store, job_id: int) -> Counter[str]:
+    """How many studies of a job came to which result."""
+    work = tables.work
+    query = sa.select(work.c.result, sa.func.count()).where(work.c.job_id == job_id, work.c.state == "done")
     with state.transaction() as connection:
-        return tuple(connection.execute(sa.select(feed.c.watermark, waiting).where(feed.c.id == feed_id)).one())
+        return Counter({row[0]: row[1] for row in connection.execute(query.group_by(work.c.result))})
 
 
-def cancel(state: Store, feed_id: int, job_id: int, *, by: str, now: datetime) -> int:
-    """Give up what a job still waits for; how many studies that were."""
+def sign_of_life(state: Store, feed_id: int) -> tuple[Any, ...]:
+    """What moves while a worker is alive and nothing keeps it from its work."""
+    feed = tables.feed.c
+    with state.transaction() as connection:
+        row = connection.execute(sa.select(feed.watermark, feed.lease_until, feed.trouble).where(feed.id == feed_id))
+        watermark, until, trouble = row.one()
+        return watermark, trouble or until
+
+
+def cancel(state: Store, feed_id: int, job_id: int, *, by: str, now: datetime) -> int | None:
+    """Give up what a job still waits for; how many studies that were, or None where no such job goes on."""
     work, table = tables.work, tables.job
+    if job_id not in {one["id"] for one in unfinished(state, feed_id)}:
+        return None
     with state.transaction(alone=True) as connection:
-        waiting = (work.c.feed_id == feed_id, work.c.job_id == job_id, work.c.state.in_(("listed", "waiting")))
-        given_up = connection.execute(sa.update(work).where(*waiting).values(state="cancelled", finished_at=now))
-        unlisted = (table.c.id == job_id, table.c.feed_id == feed_id, table.c.listed_at.is_(None))
-        unfinished = connection.execute(sa.update(table).where(*unlisted).values(listed_at=now)).rowcount
-        if given_up.rowcount or unfinished:
-            note(connection, feed_id, who=by, action="cancel", detail=f"job {job_id}", now=now)
-        return given_up.rowcount
+        values = {"held": _CANCELLED, "listed_at": sa.func.coalesce(table.c.listed_at, now)}
+        connection.execute(sa.update(table).where(table.c.id == job_id).values(values))
+        note(connection, feed_id, who=by, action="cancel", detail=f"job {job_id}", now=now)
+    open_ = (work.c.job_id == job_id, work.c.state.in_(("listed", "waiting")))
+    some = sa.select(work.c.id).where(*open_).limit(TOGETHER).scalar_subquery()
+    given_up = 0
+    while True:
+        with state.transaction(alone=True) as connection:
+            gone = sa.update(work).where(work.c.id.in_(some)).values(state="cancelled", finished_at=now)
+            count = connection.execute(gone).rowcount
+        given_up += count
+        if count < TOGETHER:
+            return given_up
 
 
 def unfinished(state: Store, feed_id: int) -> list[dict[str, Any]]:
@@ -215,7 +221,7 @@ def unfinished(state: Store, feed_id: int) -> list[dict[str, Any]]:
 
 
 def failing(state: Store, feed_id: int, *chosen: Any, limit: int | None = None) -> list[str]:
-    """Studies with a failure that is not over and fits, the oldest failure first."""
+    """Studies with a failure that is not over and fits; what was tried longest ago comes first."""
     table = tables.failure
     query = (
         sa.select(table.c.study_instance_uid)
@@ -227,7 +233,7 @@ def failing(state: Store, feed_id: int, *chosen: Any, limit: int | None = None) 
             *chosen,
         )
         .group_by(table.c.study_instance_uid)
-        .order_by(sa.func.min(table.c.id))
+        .order_by(sa.func.min(table.c.last_seen))
         .limit(limit)
     )
     with state.transaction() as connection:
@@ -247,12 +253,12 @@ def known(state: Store, feed_id: int, *chosen: Any, after: str = "") -> Iterator
                 *chosen,
             )
             .order_by(table.c.study_instance_uid)
-            .limit(_TOGETHER)
+            .limit(TOGETHER)
         )
         with state.transaction() as connection:
             some = list(connection.execute(query).scalars())
         yield from some
-        if len(some) < _TOGETHER:
+        if len(some) < TOGETHER:
             return
         after = some[-1]
 
@@ -282,39 +288,31 @@ def compared(state: Store, results: Sequence[tuple[int, str, str | None]], *, no
         connection.execute(done, [{"which": one, "outcome": word, "about": detail} for one, word, detail in results])
 
 
-def different(state: Store, job: Job, *, same: str) -> Iterator[Any]:
-    """Work of a job whose comparison found a difference: id, study UID, result and details."""
+def different(state: Store, job: Job) -> Iterator[Any]:
+    """Work of a job whose comparison found a difference: id, study UID, state, result and details."""
     work, after = tables.work, 0
     while True:
         query = (
-            sa.select(work.c.id, work.c.study_instance_uid, work.c.result, work.c.detail)
-            .where(work.c.job_id == job.id, work.c.detail.is_not(None), work.c.result != same, work.c.id > after)
+            sa.select(work.c.id, work.c.study_instance_uid, work.c.state, work.c.result, work.c.detail)
+            .where(work.c.job_id == job.id, work.c.detail.is_not(None), work.c.id > after)
             .order_by(work.c.id)
-            .limit(_TOGETHER)
+            .limit(TOGETHER)
         )
         with state.transaction() as connection:
             rows = connection.execute(query).all()
         yield from rows
-        if len(rows) < _TOGETHER:
+        if len(rows) < TOGETHER:
             return
         after = rows[-1].id
 
 
-def results(state: Store, job: Job) -> dict[int, str]:
-    """What is done of a job, by id of the work."""
-    work = tables.work
-    query = sa.select(work.c.id, work.c.result).where(work.c.job_id == job.id, work.c.state == "done")
-    with state.transaction() as connection:
-        return {row[0]: row[1] for row in connection.execute(query)}
-
-
-def put_back(state: Store, ids: Collection[int], *, as_: str) -> None:
-    """Work that was compared: `listed` to be compared once more, `waiting` to be reconciled."""
-    work, chosen = tables.work, sorted(ids)
-    for at in range(0, len(chosen), 500):
+def put_back(state: Store, job: Job, *, as_: str) -> None:
+    """Work that was found to differ: `listed` to be compared once more, `waiting` to be reconciled."""
+    work, rows = tables.work, different(state, job)
+    while some := [row.id for row in islice(rows, 500)]:
+        chosen = work.c.id.in_(some)
         with state.transaction(alone=True) as connection:
-            some = chosen[at : at + 500]
-            connection.execute(sa.update(work).where(work.c.id.in_(some)).values(state=as_, finished_at=None))
+            connection.execute(sa.update(work).where(chosen).values(state=as_, finished_at=None))
 
 
 # For the worker -------------------------------------------------------------------------------------------------------
@@ -325,44 +323,28 @@ def due(
 ) -> list[Work]:
     """Work whose time has come, the most urgent first; `passing_over`: jobs that have had enough for now."""
     work, job = tables.work, tables.job
-    chosen = [work.c.job_id == only] if only is not None else []
-    query = (
-        sa.select(
-            work.c.id,
-            work.c.study_instance_uid,
-            work.c.reason,
-            work.c.job_id,
-            job.c.per_second,
-            job.c.allow_deletes,
-        )
-        .outerjoin_from(work, job, job.c.id == work.c.job_id)
-        .where(
-            work.c.feed_id == lease.feed_id,
-            work.c.state == "waiting",
-            sa.or_(work.c.due_at.is_(None), work.c.due_at <= now),
-            job.c.held.is_(None),
-            sa.or_(work.c.job_id.is_(None), work.c.job_id.not_in(sorted(passing_over))),
-            *chosen,
-        )
-        .order_by(work.c.priority, work.c.id)
-        .limit(limit)
-    )
+    waiting = sa.and_(work.c.feed_id == lease.feed_id, work.c.state == "waiting")
+    columns = (work.c.id, work.c.study_instance_uid, work.c.reason)
+    waits = sa.select(work.c.id).where(work.c.job_id == job.c.id, work.c.state == "waiting").exists()
+    running = sa.select(job).where(job.c.feed_id == lease.feed_id, job.c.held.is_(None), waits)
+    found: list[Work] = []
     with state.transaction() as connection:
-        return [Work(*row) for row in connection.execute(query)]
+        if only is None:
+            own = sa.select(*columns).where(waiting, work.c.job_id.is_(None), work.c.due_at <= now).limit(limit)
+            found += [Work(*row) for row in connection.execute(own)]
+        rows = [row for row in connection.execute(running) if row.id not in passing_over and only in (None, row.id)]
+        # One job after the other: what others have in store need not be looked through.
+        for row in sorted(rows, key=lambda row: (_URGENCY.index(row.verb), row.id)):
+            of_job = sa.select(*columns).where(work.c.job_id == row.id, work.c.state == "waiting")
+            some = connection.execute(of_job.order_by(work.c.id).limit(limit - len(found)))
+            found += [Work(*one, row.id, row.per_second, row.allow_deletes) for one in some]
+    return found
 
 
 def hold(state: Store, job_id: int, reason: str) -> None:
     """Stop a job until an operator says more."""
     with state.transaction(alone=True) as connection:
         connection.execute(sa.update(tables.job).where(tables.job.c.id == job_id).values(held=reason))
-
-
-def done_by(state: Store, job_id: int) -> Counter[str]:
-    """How many studies of a job came to which result."""
-    work = tables.work
-    query = sa.select(work.c.result, sa.func.count()).where(work.c.job_id == job_id, work.c.state == "done")
-    with state.transaction() as connection:
-        return Counter({row[0]: row[1] for row in connection.execute(query.group_by(work.c.result))})
 
 
 def _job(connection: sa.Connection, job_id: int) -> Job:

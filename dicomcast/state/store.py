@@ -80,12 +80,18 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """What we know of a Patient in FHIR; `sequence` is the change whose demographics it holds."""
+    """What we know of a Patient in FHIR; `sequence` and `study` are of the change whose demographics it holds."""
 
     fhir_id: str
     ours: bool
     version: str | None
     sequence: int
+    study: str | None = None
+
+    @property
+    def newest(self) -> tuple[int, str]:
+        """Of several studies the greatest wins: the latest change, and of those that the feed knows nothing of one."""
+        return self.sequence, self.study or ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,7 +529,7 @@ class Store:
             ]
             connection.execute(done.values(values), results)
         if effects.again:
-            fixed = {"feed_id": feed_id, "reason": "in doubt", "state": "waiting", "priority": 0}
+            fixed = {"feed_id": feed_id, "reason": "in doubt", "state": "waiting"}
             rows = [{**fixed, "study_instance_uid": uid, "due_at": due} for uid, due in effects.again.items()]
             connection.execute(sa.insert(table), rows)
 

@@ -104,6 +104,7 @@ patient = Table(
     Column("ours", Boolean, nullable=False, comment="created by us and edited by nobody else"),
     Column("version", String(64), comment="FHIR version that we wrote last"),
     Column("sequence", BigInteger, nullable=False, comment="of the change whose demographics it holds"),
+    Column("study", String(64), comment="Study Instance UID of that change; of several without one the greatest wins"),
     comment="Patients that studies are linked to",
 )
 
@@ -176,14 +177,13 @@ work = Table(
     Column("study_instance_uid", String(64), nullable=False, comment="Study Instance UID"),
     Column("reason", String(32), nullable=False, comment="replay, verify, backfill, in doubt"),
     Column("state", String(16), nullable=False, comment="listed (to be compared), waiting, done, cancelled"),
-    Column("priority", Integer, nullable=False, comment="the lowest first"),
     Column("due_at", Instant, comment="not before this"),
     Column("result", String(16), comment="created, updated, unchanged, deleted, failed; of a comparison its kind"),
     Column("detail", Text, comment="of a comparison: names of the elements that differ, as JSON"),
     Column("finished_at", Instant, comment="when it was done or cancelled"),
-    Index("work_by_job", "job_id", "study_instance_uid", unique=True),
-    Index("work_by_state", "feed_id", "state", "priority", "id"),
-    Index("work_by_study", "feed_id", "study_instance_uid"),
+    Index("work_by_study", "job_id", "study_instance_uid", unique=True),
+    Index("work_by_job", "job_id", "state", "id"),
+    Index("work_by_state", "feed_id", "state", "job_id"),
     comment="studies that are to be looked at without a change in the feed",
 )
 

@@ -5,12 +5,16 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 
+import structlog
+
 from dicomcast import errors
 from dicomcast.clock import Clock
 from dicomcast.state import jobs, store
 from dicomcast.state.jobs import Work
 from dicomcast.sync.changes import StudyChange
 from dicomcast.sync.ledger import Ledger, Outcome, in_thread
+
+log = structlog.get_logger("dicomcast.sync")
 
 _AT_HAND = 200
 _ASK_EVERY = 1.0
@@ -25,10 +29,10 @@ class _Running:
 
     looked: int
     deleted: int
-    per_second: float | None
-    allow_deletes: int | None
     since: float
     """When `left` was so."""
+    per_second: float | None = None
+    allow_deletes: int | None = None
     left: float = 1.0
     """Studies that it may start at once."""
     ends: set[str] = field(default_factory=set)
@@ -53,28 +57,31 @@ class Backlog:
         self._at_hand: deque[Work] = deque()
         self._taken: set[int] = set()
         """Rows that are being worked on."""
-        self._asked: float | None = None
+        self._ask_at = 0.0
         self._jobs: dict[int, _Running] = {}
         self.idle = False
-        """Whether nothing was waiting when last asked."""
+        """Whether nothing was waiting when last asked, or only what must wait for the pace of another's job."""
 
     async def fill(self) -> None:
-        """Look for more where none is at hand: at once after there was some, else every second."""
+        """Look for more where none is at hand: at once after there was some, else once a second."""
         now = self._clock.monotonic()
-        if self._at_hand or (self.idle and self._asked is not None and now - self._asked < _ASK_EVERY):
+        if self._at_hand or now < self._ask_at:
             return
-        self._asked = now
         known = self._taken | self._ledger.uncommitted_work
         resting = [job_id for job_id, job in self._jobs.items() if not job.may_start(now)]
         ask = partial(jobs.due, self._store, self._ledger.lease, now=self._clock.now(), passing_over=resting)
         found = await in_thread(ask, only=self._job, limit=len(known) + _AT_HAND)
         for work in found:
-            if work.job_id is not None and work.job_id not in self._jobs:
-                results = await in_thread(jobs.done_by, self._store, work.job_id)
-                looked, deleted = results.total(), results["deleted"]
-                self._jobs[work.job_id] = _Running(looked, deleted, work.per_second, work.allow_deletes, since=now)
+            if work.job_id is None:
+                continue
+            job = self._jobs.get(work.job_id)
+            if job is None:
+                results = await in_thread(jobs.results, self._store, work.job_id)
+                job = self._jobs[work.job_id] = _Running(results.total(), results["deleted"], since=now)
+            job.per_second, job.allow_deletes = work.per_second, work.allow_deletes  # an operator may have said more
         self._at_hand.extend(work for work in found if work.id not in known)
-        self.idle = not self._at_hand and not resting
+        self._ask_at = now if self._at_hand else now + _ASK_EVERY
+        self.idle = not self._at_hand and not (resting and self._job is not None)
 
     def take(self, busy: Collection[str]) -> list[Work]:
         """All that is at hand of the next study that no lane is `busy` with; empty where there is none."""
@@ -97,7 +104,7 @@ class Backlog:
         for work in change.work:
             self._ledger.worked(work.id, change.study_uid, outcome)
             self._taken.discard(work.id)
-            if work.job_id is not None:
+            if work.job_id in self._jobs:
                 self._jobs[work.job_id].looked += 1
 
     def may_end(self, change: StudyChange) -> None:
@@ -105,20 +112,23 @@ class Backlog:
 
         What the feed itself says needs no leave.
         """
-        for work in change.work if not change.sequences else ():
+        for work in change.work if not change.deleted else ():
             if work.job_id is None:
                 continue
-            job = self._jobs[work.job_id]
+            job = self._jobs.get(work.job_id) or _Running(0, 0, since=0.0)  # held meanwhile
             ends = job.ends | {change.study_uid}
             if too_many(job.deleted + len(ends), of=job.looked + 1, allowed=job.allow_deletes):
                 many = job.deleted + len(job.ends)
                 raise errors.Held(work.job_id, f"more than {many} studies would be taken out of FHIR")
             job.ends = ends
 
-    async def hold(self, held: errors.Held) -> None:
-        """Leave the rest of a job until an operator says more."""
+    async def hold(self, held: errors.Held, change: StudyChange) -> None:
+        """Leave the rest of a job until an operator says more; what else its study was asked for is read again."""
         await in_thread(jobs.hold, self._store, held.job_id, str(held))
+        log.warning("a job waits for an operator", job=held.job_id, reason=str(held))
+        self._taken -= {work.id for work in change.work}
         self._at_hand = deque(work for work in self._at_hand if work.job_id != held.job_id)
+        self._jobs.pop(held.job_id, None)
 
 
 def too_many(deletes: int, *, of: int, allowed: int | None) -> bool:

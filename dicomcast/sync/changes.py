@@ -36,6 +36,8 @@ class StudyChange:
     feed_time: datetime | None = None
     entered: datetime | None = None
     """When the oldest of its entries was recorded by the feed."""
+    deleted: bool = False
+    """Whether the feed itself says that something of it is gone."""
     held: int | None = None
     """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
     urgent: bool = False
@@ -62,11 +64,13 @@ class StudyChange:
         self.last_sequence = max(self.last_sequence, later.last_sequence)
         self.without_metadata |= later.without_metadata
         self.entered = self.entered or later.entered
+        self.deleted = self.deleted or later.deleted
 
     def add(self, entry: feed.ChangeFeedEntry, rules: mapping.Mapping) -> None:
         """Reduce one entry. State first, action second."""
         self.note(entry.sequence)
         key = (entry.series_uid, entry.sop_uid)
+        self.deleted = self.deleted or feed.State.DELETED is entry.state or feed.Action.DELETE is entry.action
         if entry.action is not feed.Action.CREATE:
             bare = entry.state is feed.State.CURRENT and entry.metadata is None
             self.without_metadata[key] = entry.sequence if bare else None

@@ -241,14 +241,14 @@ class Links:
         ours = resources.is_tagged(held.resource) and (
             row is None or (row.ours and row.version in (None, held.version))
         )
+        known = store.Patient(held.id, ours=ours, version=held.version, sequence=sequence, study=change.study_uid)
         if not ours and self._policy != "create-or-update":
             if row is None or row.ours:
-                self._ledger.remember(store.Patient(held.id, ours=False, version=held.version, sequence=sequence))
+                self._ledger.remember(replace(known, ours=False))
             return subject, None
-        if row is not None and sequence < row.sequence:
-            return subject, None  # between studies the highest feed sequence wins
+        if row is not None and known.newest < row.newest:
+            return subject, None
         update = plan.patient(held, wanted, rules=self._rules)
-        known = store.Patient(held.id, ours=ours, version=held.version, sequence=sequence)
         if row is None and self.behind:
             # A lost database: this study's entry may be older than what the Patient shows.
             self._defer(around.key, change, sequence=sequence, shown=None if update else known)
@@ -263,7 +263,9 @@ class Links:
             await self._ledger.commit()
         return subject, update
 
-    async def written(self, key: PatientKey | None, write: Write, done: Written, *, sequence: int) -> None:
+    async def written(
+        self, key: PatientKey | None, write: Write, done: Written, *, change: StudyChange, sequence: int
+    ) -> None:
         """Remember what we wrote of Patient or Endpoint."""
         held = Held(write.type, done.id, done.version, {**(write.resource or {}), "id": done.id})
         if write.type == "Endpoint":
@@ -272,8 +274,10 @@ class Links:
             self._intended.pop(key, None)
             self._remember(key, held)
             before = None if write.creates else await self._ledger.patient(done.id)
-            sequence = max(sequence, before.sequence if before else 0)
-            self._ledger.remember(store.Patient(done.id, ours=True, version=done.version, sequence=sequence))
+            fresh = store.Patient(done.id, ours=True, version=done.version, sequence=sequence, study=change.study_uid)
+            if before is not None and before.newest > fresh.newest:
+                fresh = replace(before, ours=True, version=done.version)
+            self._ledger.remember(fresh)
 
     @property
     def held_back(self) -> set[int]:

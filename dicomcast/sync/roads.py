@@ -180,7 +180,7 @@ class Roads:
         addresses: dict[str, str] = {}
         for write, done in await self._done(held, (), writes, addresses) if writes else ():
             addresses[write.reference] = done.reference
-            await self._links.written(key, write, done, sequence=change.last_sequence)
+            await self._links.written(key, write, done, change=change, sequence=change.last_sequence)
             held = _as_written(write, done, addresses) if write is study_write else held
         study = self._row(change, row, "shared" if there else "deleted", held if there else None)
         return Settled("updated" if writes else "unchanged", study)
@@ -335,7 +335,7 @@ class Roads:
         for part in _parts(writes, about):
             for write, done in await self._done(held, observed, part, addresses):
                 addresses[write.reference] = done.reference
-                await self._links.written(around.key, write, done, sequence=sequence)
+                await self._links.written(around.key, write, done, change=change, sequence=sequence)
                 if write is study_write:
                     study = _as_written(write, done, addresses)
         assert study is not None

@@ -322,7 +322,7 @@ class Worker:
                     if self._patience.note(failure) == "database":
                         await self._patience.with_("database", partial(self.ledger.study, uid))
                 except errors.Held as held:
-                    await self._patience.with_("database", partial(self._backlog.hold, held))
+                    await self._patience.with_("database", partial(self._backlog.hold, held, change))
                     break
                 except (errors.Error, Stopped):
                     raise

@@ -62,6 +62,14 @@ def upgrade() -> None:
             comment="alike in one study; from 20 on one row",
         ),
     )
+    op.add_column(
+        "patient",
+        sa.Column(
+            "study",
+            sa.String(64),
+            comment="Study Instance UID of that change; of several without one the greatest wins",
+        ),
+    )
     op.add_column("failure", sa.Column("note", sa.Text, comment="why an operator dismissed it"))
     op.create_index("issue_by_rule", "issue", ["feed_id", "rule", "tag", "vr", "reason", "count"])
     op.create_table(
@@ -99,7 +107,6 @@ def upgrade() -> None:
         sa.Column("study_instance_uid", sa.String(64), nullable=False, comment="Study Instance UID"),
         sa.Column("reason", sa.String(32), nullable=False, comment="replay, verify, backfill, in doubt"),
         sa.Column("state", sa.String(16), nullable=False, comment="listed (to be compared), waiting, done, cancelled"),
-        sa.Column("priority", sa.Integer, nullable=False, comment="the lowest first"),
         sa.Column("due_at", _Instant, comment="not before this"),
         sa.Column(
             "result",
@@ -110,9 +117,9 @@ def upgrade() -> None:
         sa.Column("finished_at", _Instant, comment="when it was done or cancelled"),
         comment="studies that are to be looked at without a change in the feed",
     )
-    op.create_index("work_by_job", "work", ["job_id", "study_instance_uid"], unique=True)
-    op.create_index("work_by_state", "work", ["feed_id", "state", "priority", "id"])
-    op.create_index("work_by_study", "work", ["feed_id", "study_instance_uid"])
+    op.create_index("work_by_study", "work", ["job_id", "study_instance_uid"], unique=True)
+    op.create_index("work_by_job", "work", ["job_id", "state", "id"])
+    op.create_index("work_by_state", "work", ["feed_id", "state", "job_id"])
     op.create_table(
         "flush",
         sa.Column("id", _Id, primary_key=True, comment="number of the settling"),
