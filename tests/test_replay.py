@@ -4,6 +4,7 @@ import asyncio
 from functools import partial
 from typing import Any
 
+import gateway
 import pytest
 from hospital import NO_LIMITS, Hospital, a_failing_study, a_study, corrected, counts, uid, until
 
@@ -207,6 +208,31 @@ def test_what_the_feed_itself_deletes_needs_no_leave(clinic: Hospital) -> None:
     gone(clinic, 23, of=30)
 
     assert clinic.sync() == {"deleted": 23}
+
+
+def test_job_that_is_held_keeps_no_entry_of_the_feed_from_its_effect(clinic: Hospital) -> None:
+    study = a_study()
+    clinic.send(*study)
+    clinic.sync()
+    clinic.modality.correct([uid(study[0])], {"StudyDescription": "Thorax"})
+    newest = clinic.latest()
+    with clinic.state() as (state, feed_id):
+        limits = {"by": "me", "now": clinic.clock.now(), "allow_deletes": 0}
+        job = jobs.begin(state, feed_id, "replay", "--all", **limits)
+        jobs.add(state, job, [uid(study[0])])
+        jobs.listed(state, job, now=clinic.clock.now())
+
+    def delete_once_asked(method: str, path: str, body: bytes) -> None:
+        # The correction has been read by then, and no entry says yet that the study is gone.
+        if method == "GET" and "/ImagingStudy" in path and clinic.living(uid(study[0])):
+            clinic.modality.delete(uid(study[0]))
+
+    with gateway.before(clinic.fhir_url) as between:
+        between.answer = delete_once_asked
+        clinic.sync(fhir={"url": between.url})
+
+    assert (clinic.watermark(), clinic.study(uid(study[0]))) == (newest, None)
+    assert [one["held"] is not None for one in app.status(clinic.options())["jobs"]] == [True]
 
 
 def test_few_deletes_need_no_leave(clinic: Hospital) -> None:

@@ -342,9 +342,10 @@ def due(
 
 
 def hold(state: Store, job_id: int, reason: str) -> None:
-    """Stop a job until an operator says more."""
+    """Stop a job until an operator says more; one that was cancelled stays so."""
+    table = tables.job
     with state.transaction(alone=True) as connection:
-        connection.execute(sa.update(tables.job).where(tables.job.c.id == job_id).values(held=reason))
+        connection.execute(sa.update(table).where(table.c.id == job_id, table.c.held.is_(None)).values(held=reason))
 
 
 def _job(connection: sa.Connection, job_id: int) -> Job:

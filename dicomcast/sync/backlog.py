@@ -33,6 +33,7 @@ class _Running:
     """When `left` was so."""
     per_second: float | None = None
     allow_deletes: int | None = None
+    held: bool = False
     left: float = 1.0
     """Studies that it may start at once."""
     ends: set[str] = field(default_factory=set)
@@ -75,7 +76,7 @@ class Backlog:
             if work.job_id is None:
                 continue
             job = self._jobs.get(work.job_id)
-            if job is None:
+            if job is None or job.held:
                 results = await in_thread(jobs.results, self._store, work.job_id)
                 job = self._jobs[work.job_id] = _Running(results.total(), results["deleted"], since=now)
             job.per_second, job.allow_deletes = work.per_second, work.allow_deletes  # an operator may have said more
@@ -104,7 +105,7 @@ class Backlog:
         for work in change.work:
             self._ledger.worked(work.id, change.study_uid, outcome)
             self._taken.discard(work.id)
-            if work.job_id in self._jobs:
+            if work.job_id is not None:
                 self._jobs[work.job_id].looked += 1
 
     def may_end(self, change: StudyChange) -> None:
@@ -115,20 +116,21 @@ class Backlog:
         for work in change.work if not change.deleted else ():
             if work.job_id is None:
                 continue
-            job = self._jobs.get(work.job_id) or _Running(0, 0, since=0.0)  # held meanwhile
+            job = self._jobs[work.job_id]
             ends = job.ends | {change.study_uid}
-            if too_many(job.deleted + len(ends), of=job.looked + 1, allowed=job.allow_deletes):
+            if job.held or too_many(job.deleted + len(ends), of=job.looked + 1, allowed=job.allow_deletes):
                 many = job.deleted + len(job.ends)
                 raise errors.Held(work.job_id, f"more than {many} studies would be taken out of FHIR")
             job.ends = ends
 
     async def hold(self, held: errors.Held, change: StudyChange) -> None:
-        """Leave the rest of a job until an operator says more; what else its study was asked for is read again."""
+        """Leave the rest of a job until an operator says more; what else is pending of its study stays in `change`."""
         await in_thread(jobs.hold, self._store, held.job_id, str(held))
         log.warning("a job waits for an operator", job=held.job_id, reason=str(held))
-        self._taken -= {work.id for work in change.work}
+        self._taken -= {work.id for work in change.work if work.job_id == held.job_id}
+        change.work = [work for work in change.work if work.job_id != held.job_id]
         self._at_hand = deque(work for work in self._at_hand if work.job_id != held.job_id)
-        self._jobs.pop(held.job_id, None)
+        self._jobs[held.job_id].held = True
 
 
 def too_many(deletes: int, *, of: int, allowed: int | None) -> bool:

@@ -323,7 +323,8 @@ class Worker:
                         await self._patience.with_("database", partial(self.ledger.study, uid))
                 except errors.Held as held:
                     await self._patience.with_("database", partial(self._backlog.hold, held, change))
-                    break
+                    if not (change.work or change.sequences):
+                        break
                 except (errors.Error, Stopped):
                     raise
                 except Exception as surprise:  # a bug of ours stays with its study: the rest of the feed goes on
