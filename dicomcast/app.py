@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import math
 import os
 import platform
 import signal
@@ -192,6 +193,7 @@ def worker(
     stop: asyncio.Event,
     once: bool,
     job: int | None = None,
+    until: float = math.inf,
     progress: Progress | None = None,
 ) -> Worker:
     """A worker for one time with the lease; its name says where it runs, and no restart repeats it."""
@@ -208,6 +210,7 @@ def worker(
         once=once,
         stop=stop,
         job=job,
+        until=until,
         progress=progress or (lambda watermark, latest: None),
     )
 

@@ -41,9 +41,8 @@ Progress = Callable[[int, int], None]
 """Called with the studies that are done, and all of them."""
 
 _LOOK_EVERY = 1.0
-_SLICE = 60.0
-"""Seconds that a verb holds the lease at a time, and how long it leaves it to others then: images come first."""
-_BREATH = 3.0
+_SLICE, _BREATH = 20.0, 3.0
+"""Seconds after which a verb that holds the lease gives it back, and leaves it to others: images come first."""
 _COMPARED_AT_ONCE = 16
 _COMPARED_TOGETHER = 200
 _WINDOW = timedelta(days=31)
@@ -233,9 +232,6 @@ def _silent(desk: Desk) -> errors.Error:
 
 async def _work(desk: Desk, job: jobs.Job) -> None:
     """Hold the lease while the job has work, and give it back now and then: a worker may wait for it."""
-    enough = asyncio.ensure_future(desk.patience.wait(_SLICE))
-    enough.add_done_callback(lambda _: stop.set())
-    stop = app.Stop()
     try:
         async with app.services(desk.options, clock=desk.clock) as (dicom, fhir):
             worker = app.worker(
@@ -245,18 +241,18 @@ async def _work(desk: Desk, job: jobs.Job) -> None:
                 fhir=fhir,
                 state=desk.state,
                 clock=desk.clock,
-                stop=stop,
+                stop=desk.stop,
                 once=True,
                 job=job.id,
+                until=desk.clock.monotonic() + _SLICE,
             )
             await worker.work()
     except (errors.LeaseHeld, errors.LeaseLost):
         pass  # somebody else came first
     else:
-        if stop.is_set():
+        if (await in_thread(jobs.progress, desk.state, job)).left:
             await desk.patience.wait(_BREATH)
     finally:
-        enough.cancel()
         desk.finished.set()
 
 

@@ -255,6 +255,20 @@ def test_service_that_is_away_ends_a_replay_and_leaves_its_work(clinic: Hospital
     assert counts(clinic.replay(everything=True)) == {"replayed": 1, "updated": 1}
 
 
+@pytest.mark.parametrize("status", [500, 403])
+def test_study_that_the_service_cannot_take_is_recorded_and_ends_the_replay(clinic: Hospital, status: int) -> None:
+    poisonous, other = a_study(), a_study()
+    clinic.send(*poisonous, *other)
+    clinic.sync()
+    clinic.modality.correct([uid(poisonous[0]), uid(other[0])], {"StudyDescription": "Thorax"})
+    clinic.fault("fhir", method="PUT", path=str(clinic.status(uid(poisonous[0]))["imaging_study"]), status=status)
+
+    done = clinic.replay(studies=(uid(poisonous[0]), uid(other[0])))
+
+    assert counts(done) == {"replayed": 2, "updated": 1, "still_failing": 1}
+    assert clinic.kinds() == ["server-error" if status == 500 else "denied"]
+
+
 def test_worker_that_comes_to_nothing_is_not_waited_for_longer_than_patience(clinic: Hospital) -> None:
     clinic.send(*a_failing_study())
     clinic.sync()

@@ -1,5 +1,6 @@
 """Studies that somebody has asked for: taken from the database a few at a time, behind the live traffic."""
 
+import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -48,24 +49,31 @@ class _Running:
 
 
 class Backlog:
-    """What waits in `work`; with `job` only that one's."""
+    """What waits in `work`; with `job` only that one's. After `until` (monotonic) nothing more is taken."""
 
-    def __init__(self, state: store.Store, *, ledger: Ledger, clock: Clock, job: int | None = None):
+    def __init__(
+        self, state: store.Store, *, ledger: Ledger, clock: Clock, job: int | None = None, until: float = math.inf
+    ):
         self._store = state
         self._ledger = ledger
         self._clock = clock
         self._job = job
+        self._until = until
         self._at_hand: deque[Work] = deque()
         self._taken: set[int] = set()
         """Rows that are being worked on."""
         self._ask_at = 0.0
         self._jobs: dict[int, _Running] = {}
         self.idle = False
-        """Whether nothing was waiting when last asked, or only what must wait for the pace of another's job."""
+        """Whether nothing is to be taken: nothing waits, or only for the pace of another's job, or time is up."""
 
     async def fill(self) -> None:
         """Look for more where none is at hand: at once after there was some, else once a second."""
         now = self._clock.monotonic()
+        if now >= self._until:
+            self._at_hand.clear()
+            self.idle = True
+            return
         if self._at_hand or now < self._ask_at:
             return
         known = self._taken | self._ledger.uncommitted_work

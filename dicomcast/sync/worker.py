@@ -1,6 +1,7 @@
 """One worker's time with the lease of a feed: what comes in is settled in parallel lanes, and committed."""
 
 import asyncio
+import math
 import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +61,7 @@ class Worker:
     """Keeps one feed in step, and does the work that waits.
 
     `once`: catch up and return, else go on until `stop` is set. `job`: leave the feed alone, do this job's work and
-    return.
+    return; after `until` (monotonic) begin no more of it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Worker:
         once: bool,
         stop: asyncio.Event,
         job: int | None = None,
+        until: float = math.inf,
         progress: Callable[[int, int], None] = lambda watermark, latest: None,
     ):
         self._options = options
@@ -109,7 +111,7 @@ class Worker:
         """Studies that could not be looked up together with others."""
         self._refused: tuple[str, set[str]] = ("", set())
         self._taken_at = 0.0
-        self._backlog = Backlog(state, ledger=self.ledger, clock=clock, job=job)
+        self._backlog = Backlog(state, ledger=self.ledger, clock=clock, job=job, until=until)
         self._last_commit = 0.0
 
     def trouble(self) -> str | None:
