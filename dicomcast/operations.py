@@ -117,16 +117,21 @@ class Desk:
 
     def begin(self, verb: str, scope: str, limits: Limits) -> jobs.Job:
         """The unfinished job of this verb and scope, or a new one; the audit says who asked."""
-        return jobs.begin(
+        now = self.clock.now()
+        job = jobs.begin(
             self.state,
             self.feed_id,
             verb,
             scope,
             by=operator(),
-            now=self.clock.now(),
+            now=now,
             per_second=limits.per_second,
             allow_deletes=limits.allow_deletes,
         )
+        if job.requested_at < now:
+            begun = job.requested_at.isoformat(timespec="seconds")
+            log.info("going on with an unfinished job", job=job.id, verb=verb, begun=begun)
+        return job
 
     def worked_on(self) -> bool:
         """Whether somebody holds the feed's lease."""
@@ -304,9 +309,10 @@ async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
     state, failure = desk.state, tables.failure.c
     found: dict[str, None] = dict.fromkeys(selection.studies)
     for one in selection.ids:
-        studies = jobs.failing(state, desk.feed_id, failure.id == one)
+        rows = state.failures(desk.feed_id, statuses=(), failure_id=one)  # what is over costs a look, and is no error
+        studies = [row["study_instance_uid"] for row in rows if row["study_instance_uid"]]
         if not studies:
-            raise errors.Misconfigured([f"--id {one}: is no failure of a study that is open or retrying"])
+            raise errors.Misconfigured([f"--id {one}: no failure of a study has this id"])
         found |= dict.fromkeys(studies)
     for series_uid in selection.series:
         studies = jobs.failing(state, desk.feed_id, failure.series_instance_uid == series_uid)
@@ -385,6 +391,8 @@ async def verify(
         else:
             await desk.patience.unless_stopped(_list_all(desk, job, since=since))
         jobs.listed(desk.state, job, now=desk.clock.now())
+    # What an earlier call found to differ may have been mended since.
+    await in_thread(jobs.put_back, desk.state, job, as_="listed")
     await _compare(desk, job, limits)
     differing = _differing(desk, job)
     if differing and desk.worked_on():
@@ -528,8 +536,11 @@ async def _repair(
     """Reconcile what differs; how many are mended."""
     extra = sum(one["kind"] == "extra" for one in differing.values())
     if too_many(extra, of=checked, allowed=limits.allow_deletes):
+        reason = f"{extra} of {checked} studies would be taken out of FHIR"
+        await in_thread(jobs.put_back, desk.state, job, as_="listed")
+        await in_thread(jobs.hold, desk.state, job.id, reason)
         raise errors.NeedsPerson(
-            f"{extra} of {checked} studies would be taken out of FHIR; where that is right, say --allow-deletes {extra}"
+            f"{reason}; where that is right, say --allow-deletes {extra}: only what differs is then looked at again"
         )
     await in_thread(jobs.put_back, desk.state, job, as_="waiting")
     await _work_through(desk, job)

@@ -44,6 +44,19 @@ def test_studies_are_chosen_by_failure_study_series_and_kind(clinic: Hospital) -
     assert clinic.failures() == []
 
 
+def test_failure_that_is_over_can_be_named_again_and_nothing_is_written(clinic: Hospital) -> None:
+    study = a_failing_study()
+    clinic.send(*study)
+    clinic.sync()
+    corrected(clinic, study)
+    failure = clinic.failures()[0]["id"]
+
+    first, versions, second = clinic.replay(ids=(failure,)), clinic.versions(), clinic.replay(ids=(failure,))
+
+    assert (counts(first), counts(second)) == ({"replayed": 1, "updated": 1}, {"replayed": 1, "unchanged": 1})
+    assert clinic.versions() == versions
+
+
 def test_study_that_was_never_synced_can_be_named(clinic: Hospital) -> None:
     study = a_study(instances=3)
     clinic.send(*study)

@@ -146,10 +146,27 @@ def test_repair_that_would_delete_much_asks_first(clinic: Hospital) -> None:
     with pytest.raises(errors.NeedsPerson, match="--allow-deletes 21"):
         clinic.verify(repair=True)
     untouched = len(clinic.search("ImagingStudy"))
+    clinic.log("dicom", clear=True)
     allowed = clinic.verify(repair=True, allow_deletes=21)
 
     assert (untouched, allowed.document["repaired"], allowed.amiss) == (24, 21, False)
     assert len(clinic.search("ImagingStudy")) == 3
+    asked = "\n".join(clinic.log("dicom"))
+    assert [study in asked for study in studies] == [True] * 21 + [False] * 3
+
+
+def test_difference_that_was_mended_since_an_earlier_call_is_none(clinic: Hospital) -> None:
+    first, second = synced(clinic, 2)
+    clinic.put({**clinic.study(first), "numberOfInstances": 7})
+    with clinic.state() as (state, feed_id):
+        job = jobs.begin(state, feed_id, "verify", "--all", by="me", now=clinic.clock.now())
+        jobs.add(state, job, [first, second], to_compare=True)
+        jobs.listed(state, job, now=clinic.clock.now())
+        work = jobs.to_compare(state, job, limit=1)
+        jobs.compared(state, [(work[0].id, "counts", '{"kind": "counts"}')], now=clinic.clock.now())
+    clinic.replay(studies=(first,))
+
+    assert clinic.verify().document == {"checked": 2, "differences": [], "repaired": 0}
 
 
 def test_listing_goes_on_where_it_stopped(clinic: Hospital) -> None:

@@ -35,6 +35,7 @@ class Job:
     feed_id: int
     verb: str
     scope: str
+    requested_at: datetime
     listed: bool
     cursor: str | None
     handover: int | None
@@ -351,4 +352,4 @@ def hold(state: Store, job_id: int, reason: str) -> None:
 def _job(connection: sa.Connection, job_id: int) -> Job:
     row = connection.execute(sa.select(tables.job).where(tables.job.c.id == job_id)).one()
     listed = row.listed_at is not None
-    return Job(row.id, row.feed_id, row.verb, row.scope, listed, row.cursor, row.handover, row.held)
+    return Job(row.id, row.feed_id, row.verb, row.scope, row.requested_at, listed, row.cursor, row.handover, row.held)
