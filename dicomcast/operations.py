@@ -200,7 +200,9 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
     at_work: asyncio.Task[None] | None = None
     try:
         while True:
+            looked = desk.clock.monotonic()
             now = await in_thread(jobs.progress, desk.state, job)
+            pause = max(_LOOK_EVERY, 10 * (desk.clock.monotonic() - looked))  # to count a million takes a while
             desk.progress(now.done, now.states.total())
             if at_work is not None and at_work.done():
                 await at_work  # raises what ended it
@@ -220,7 +222,7 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
                     alive, since = sign, desk.clock.monotonic()
                 elif desk.clock.monotonic() - since > desk.options.sync.patience:
                     raise _silent(desk)
-            await desk.patience.wait(_LOOK_EVERY, moved=desk.finished)
+            await desk.patience.wait(pause, moved=desk.finished)
             desk.finished.clear()
     finally:
         if at_work is not None:
