@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pydicom
+import sqlalchemy as sa
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -28,7 +29,7 @@ from dicomcast import app, operations, settings
 from dicomcast.clock import Clock
 from dicomcast.dicom import files
 from dicomcast.sandbox import modality
-from dicomcast.state import store
+from dicomcast.state import store, tables
 
 Json = Any
 SYSTEM = "urn:oid:1.2.3.4"
@@ -299,6 +300,21 @@ class Hospital:
         """Every row of every table of the SQLite database, as text."""
         with closing(sqlite3.connect(self.database.removeprefix("sqlite:///"))) as db:
             return "\n".join(db.iterdump())
+
+
+@contextmanager
+def database(hospital: Hospital) -> Iterator[sa.Connection]:
+    """A look past the store."""
+    engine = sa.create_engine(hospital.database)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+def rows(hospital: Hospital) -> dict[str, list[Any]]:
+    """All of the database."""
+    with database(hospital) as connection:
+        return {table.name: list(connection.execute(sa.select(table))) for table in tables.metadata.sorted_tables}
 
 
 def counts(report: operations.Report) -> dict[str, int]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hospital import NO_LIMITS, Hospital, a_failing_study, a_study, corrected, uid, until
-from test_operators import audit, cli, database, rows, said
+from hospital import NO_LIMITS, Hospital, a_failing_study, a_study, corrected, database, rows, uid, until
+from test_operators import audit, cli, said
 
 from dicomcast import errors, operations
 from dicomcast.clock import Clock

@@ -15,9 +15,9 @@ import pydicom.config
 import pytest
 import sqlalchemy as sa
 import stack
-from hospital import NO_LIMITS, SYSTEM, Hospital, a_study, uid, until
+from hospital import NO_LIMITS, SYSTEM, Hospital, a_study, database, uid, until
 from pydicom.datadict import DicomDictionary, tag_for_keyword
-from test_operators import cli, database, imported
+from test_operators import cli, imported
 from test_readme import verbs
 
 from dicomcast import app, errors, operations

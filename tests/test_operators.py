@@ -21,7 +21,7 @@ from urllib.parse import parse_qs
 import pytest
 import sqlalchemy as sa
 import stack
-from hospital import Hospital, HurriedClock, a_failing_study, a_study, uid, until
+from hospital import Hospital, HurriedClock, a_failing_study, a_study, database, rows, uid, until
 
 from dicomcast import app, errors, operations
 from dicomcast.cli import main
@@ -58,21 +58,6 @@ def said(hospital: Hospital, *arguments: str, code: int = 0, **more: str) -> Jso
     returned, out, err = cli(hospital, *arguments, "--format", "json", **more)
     assert returned == code, err
     return json.loads(out)
-
-
-@contextlib.contextmanager
-def database(hospital: Hospital) -> Iterator[sa.Connection]:
-    """A look past the store."""
-    engine = sa.create_engine(hospital.database)
-    with engine.begin() as connection:
-        yield connection
-    engine.dispose()
-
-
-def rows(hospital: Hospital) -> dict[str, list[Any]]:
-    """All of the database."""
-    with database(hospital) as connection:
-        return {table.name: list(connection.execute(sa.select(table))) for table in tables.metadata.sorted_tables}
 
 
 def positioned(hospital: Hospital) -> tuple[Any, ...]:

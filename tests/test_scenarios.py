@@ -18,6 +18,7 @@ from hospital import (
     a_study,
     corrected,
     counts,
+    database,
     serving,
     uid,
     until,
@@ -178,16 +179,14 @@ def test_scenario_12_an_unknown_patient_is_parked_and_linked_when_it_arrives(cli
 def test_scenario_14_a_position_that_cannot_be_read_is_never_zero(clinic: Hospital, lost: dict[str, Any]) -> None:
     clinic.send(*a_study(instances=3))
     clinic.sync()
-    engine = sa.create_engine(clinic.database)
-    with engine.begin() as connection:
+    with database(clinic) as connection:
         connection.execute(sa.update(tables.feed).values(lost))
     clinic.log("fhir", clear=True)
 
     with pytest.raises(errors.Incompatible, match="state set"):
         clinic.sync()
-    with engine.begin() as connection:
+    with database(clinic) as connection:
         row = connection.execute(sa.select(tables.feed)).one()
-    engine.dispose()
 
     assert (clinic.writes(), {name: getattr(row, name) for name in lost}) == ([], lost)
 

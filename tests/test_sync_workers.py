@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 import stack
 import virtual
-from hospital import Hospital, HurriedClock, Json, a_study, uid, until
+from hospital import Hospital, HurriedClock, Json, a_study, database, rows, uid, until
 
 from dicomcast import app, errors
 from dicomcast import sandbox as services
@@ -124,20 +124,6 @@ def edited(request: pytest.FixtureRequest, simple: Hospital) -> Hospital:
     if request.param == "hapi":
         simple.fhir_url = request.getfixturevalue("hapi")
     return simple
-
-
-@contextmanager
-def database(hospital: Hospital) -> Iterator[sa.Connection]:
-    engine = sa.create_engine(hospital.database)
-    with engine.begin() as connection:
-        yield connection
-    engine.dispose()
-
-
-def rows(hospital: Hospital) -> dict[str, list[Any]]:
-    """All of the database."""
-    with database(hospital) as connection:
-        return {table.name: list(connection.execute(sa.select(table))) for table in tables.metadata.sorted_tables}
 
 
 def lease(hospital: Hospital) -> tuple[str | None, datetime | None]:

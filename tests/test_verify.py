@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hospital import Hospital, a_study, uid
+from hospital import Hospital, a_study, database, uid
 
 from dicomcast import errors, operations
 from dicomcast.dicom import service
@@ -52,10 +52,8 @@ def test_every_kind_of_difference_is_found_and_mended(clinic: Hospital) -> None:
         clinic.modality.delete(extra)
     imported_ = a_study()
     imported(clinic, imported_)
-    engine = sa.create_engine(clinic.database)
-    with engine.begin() as connection:
+    with database(clinic) as connection:
         connection.execute(sa.delete(tables.study).where(tables.study.c.study_instance_uid == unrecorded))
-    engine.dispose()
 
     found = clinic.verify()
     mended = clinic.verify(repair=True)
@@ -283,7 +281,7 @@ def test_differences_are_found_and_mended_on_every_fhir_service(everywhere: Hosp
     everywhere.put({**everywhere.study(counts), "numberOfInstances": 7})
     with everywhere.untold():
         everywhere.modality.delete(extra)
-    with everywhere.state() as (state, _), state.transaction() as connection:
+    with database(everywhere) as connection:
         connection.execute(sa.delete(tables.study))  # what is extra must be found in FHIR itself
 
     found, mended = everywhere.verify(), everywhere.verify(repair=True)
