@@ -187,7 +187,7 @@ def job_rows(feed: int) -> Rows:
 def work_rows(feed: int, uids: list[str], chance: random.Random) -> Rows:
     """What those jobs had to do: half a study of a hundred."""
     for number, uid in enumerate(chance.sample(uids, len(uids) // 200)):
-        yield feed, number % 3 + 1, uid, "replay", "done", 5, None, "unchanged", None, NOW - timedelta(minutes=number)
+        yield feed, number % 3 + 1, uid, "replay", "done", None, "unchanged", None, NOW - timedelta(minutes=number)
 
 
 def _load_sqlite(engine: sa.Engine, table: sa.Table, columns: tuple[str, ...], rows: Rows) -> None:
