@@ -249,7 +249,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
         if feed is None:
             nothing = dict.fromkeys(("watermark", "latest", "lag_entries", "lag_seconds", "seen_at", "trouble"))
             return {
-                "feed": {"url": options.dicom.url, **nothing},
+                "feed": {"url": options.dicom.url, **nothing, **asyncio.run(asked(options, Clock().now()))},
                 "studies": {},
                 "failures": {"open": 0, "by_kind": {}},
                 "jobs": [],
@@ -258,10 +258,13 @@ def status(options: settings.Settings) -> dict[str, Json]:
         now = opened.now()
         studies, failures = opened.counts(feed["id"])
         waiting = jobs.unfinished(opened, feed["id"])
-    feed |= asyncio.run(_asked(options, now))
+    newest = asyncio.run(asked(options, now))
+    feed |= newest
     at = feed["watermark"] if isinstance(feed["watermark"], int) else None
     behind = max(0, feed["latest"] - (at or 0))
-    since = feed["current_at"]
+    # Up to date is who has reached the newest entry that there is now; else as of when it was so.
+    current = at is not None and not behind
+    since = (now if newest else feed["seen_at"]) if current else feed["current_at"]
     lag = round((now - since).total_seconds(), 1) if since else None
     held = feed["lease_owner"] is not None and feed["lease_until"] > now
     return {
@@ -270,7 +273,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
             "watermark": at,
             "latest": feed["latest"],
             "lag_entries": behind,
-            "lag_seconds": lag if behind or at is None else 0,
+            "lag_seconds": lag,
             "seen_at": feed["seen_at"],
             "trouble": feed["trouble"],
         },
@@ -281,7 +284,7 @@ def status(options: settings.Settings) -> dict[str, Json]:
     }
 
 
-async def _asked(options: settings.Settings, now: datetime) -> dict[str, Json]:
+async def asked(options: settings.Settings, now: datetime) -> dict[str, Json]:
     """The newest entry as the DICOM service has it now; nothing where it does not say so within a few seconds."""
     async with services(options, clock=Clock()) as (dicom, _):
         try:

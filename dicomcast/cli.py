@@ -32,6 +32,7 @@ from dicomcast import app as verbs
 from dicomcast import authoring, decimals, errors, mapping, operations, reporting, settings
 from dicomcast.dicom import values
 from dicomcast.state import reports
+from dicomcast.state.operators import Position
 
 Json = Any
 
@@ -96,7 +97,7 @@ def main() -> None:
     try:
         app()
     except errors.Misconfigured as wrong:
-        _say("The configuration is not usable:", *(f"  {problem}" for problem in wrong.problems))
+        _say("That can't be done as it is asked for or configured:", *(f"  {problem}" for problem in wrong.problems))
         code = 2
     except errors.NeedsPerson as needed:
         _say(f"Stopped: {needed}")
@@ -203,7 +204,10 @@ def status(
     return 0
 
 
-_FAILURE_COLUMNS = ("id", "status", "kind", "study_instance_uid", "sop_instance_uid", "rule", "tag", "message")
+_FAILURE_COLUMNS = (
+    *("id", "status", "kind", "sequence", "study_instance_uid", "sop_instance_uid", "instances"),
+    *("rule", "tag", "message"),
+)
 
 
 @failures_app.command("list")
@@ -237,7 +241,7 @@ def failures_show(
     if not rows:
         _say(f"There is no failure {failure}.")
         return 1
-    _print(output, rows[0], rows, title=f"Failure {failure}")
+    _print(output, rows[0], [{**rows[0], "to_do": errors.kind(rows[0]["kind"]).to_do}], title=f"Failure {failure}")
     return 0
 
 
@@ -343,8 +347,8 @@ def backfill(
     """Bring studies into FHIR that the change feed does not tell of."""
     if [bool(first or last), bool(file), every].count(True) != 1 or (last and not first):
         raise typer.BadParameter("say one of --from (with --to), --studies-file and --all")
-    dates = (_day(first, "--from"), _day(last, "--to") if last else datetime.now(UTC).date()) if first else None
-    if dates and dates[0] > dates[1]:
+    dates = (_day(first, "--from"), _day(last, "--to") if last else None) if first else None
+    if dates and dates[1] and dates[0] > dates[1]:
         raise typer.BadParameter("is before --from", param_hint="--to")
     limits = operations.Limits(per_second=rate, allow_deletes=allow_deletes)
     named = operations.named_in(file) if file is not None else None
@@ -367,7 +371,8 @@ def _job(verb: Any, output: Format, *, title: str) -> int:
         if counts:
             _print(output, None, [counts], title=title)
     if done.stopped:
-        _say("Stopped. The same command goes on where it was, and so does a worker.")
+        others = "" if title == "Verify" else ", and so does a worker"
+        _say(f"Stopped. The same command goes on where it was{others}.")
         return 128 + done.stopped
     return 1 if done.amiss else 0
 
@@ -379,7 +384,7 @@ def _names(rows: Sequence[dict[str, Json]]) -> list[str]:
 @work_app.command("list")
 def work_list(output: FormatOption = Format.TABLE) -> int:
     """List jobs that still wait for a worker."""
-    rows = operations.waiting(_settings(unused=("fhir",)))
+    rows = operations.unfinished(_settings(unused=("fhir",)))
     columns = ("id", "verb", "scope", "requested_by", "requested_at", "listed_at", "left", "held")
     _print(output, rows, rows, title="Jobs", columns=columns, empty="No work waits.")
     return 0
@@ -410,24 +415,17 @@ def state_set(
 ) -> int:
     """Put the change feed to another sequence. Stop the worker first."""
     options = _settings(unused=("fhir",))
-    try:
-        before = operations.position(options)
-    except errors.Incompatible as unreadable:
-        _say(str(unreadable))
-        before = None
-    at = before.watermark if before else None
-    what = "be taken up there"
-    if at is not None:
-        what = f"read {watermark + 1} to {at} again" if watermark < at else f"skip {at + 1} to {watermark}"
-    _confirm(f"The feed {options.feed_name} is to {what}.", yes=yes)
-    wanted = operations.Position(
+    newest = operations.newest(options, watermark, "--watermark")
+    before = _position(options)
+    wanted = Position(
         feed=options.feed_name,
         url=options.dicom.url,
         first=min(before.first if before else watermark, watermark),
         watermark=watermark,
-        latest=max(before.latest if before else 0, watermark),
+        latest=newest if newest is not None else max(before.latest if before else 0, watermark),
         gaps=[one for one in before.gaps if one <= watermark] if before else [],
     )
+    _confirm_move(options, before, watermark, yes=yes)
     operations.set_position(options, wanted, action="state set")
     _say(f"The feed is at {watermark}.")
     return 0
@@ -459,7 +457,8 @@ def state_import(
     if wanted.feed != options.feed_name:
         message = f"the position is of the feed {wanted.feed}, this one is {options.feed_name} (dicom.feed)"
         raise errors.Misconfigured([message])
-    _confirm(f"The feed {options.feed_name} is to go on at {wanted.watermark}.", yes=yes)
+    operations.newest(options, wanted.watermark, "watermark")
+    _confirm_move(options, _position(options), wanted.watermark, yes=yes)
     operations.set_position(options, wanted, action="state import")
     _say(f"The feed is at {wanted.watermark}.")
     return 0
@@ -475,9 +474,22 @@ def state_audit(
     return 0
 
 
-def _confirm(what: str, *, yes: bool) -> None:
-    """Ask, unless told not to; nobody there to be asked is a usage error."""
-    _say(what)
+def _position(options: settings.Settings) -> Position | None:
+    """Where the feed is, as far as that can be read."""
+    try:
+        return operations.position(options)
+    except errors.Incompatible as unreadable:
+        _say(str(unreadable))
+        return None
+
+
+def _confirm_move(options: settings.Settings, before: Position | None, watermark: int, *, yes: bool) -> None:
+    """Say what a new position means, and ask, unless told not to; nobody there to be asked is a usage error."""
+    what = f"be taken up at {watermark}"
+    if before is not None:
+        at = before.watermark
+        what = f"read {watermark + 1} to {at} again" if watermark < at else f"skip {at + 1} to {watermark}"
+    _say(f"The feed {options.feed_name} is to {what}.")
     if yes:
         return
     if not sys.stdin.isatty():

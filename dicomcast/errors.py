@@ -66,7 +66,11 @@ class LeaseLost(Error):
 
 
 class Unavailable(Error):
-    """A service can't be used now. `service` is `dicom`, `fhir` or `database`; `retry_after` is seconds or None."""
+    """A service can't be used now.
+
+    `service` is `dicom`, `fhir`, `database`, or `worker`: the one that holds the lease waits for another of them.
+    `retry_after` is seconds or None.
+    """
 
     def __init__(self, service: str, reason: str, *, retry_after: float | None = None):
         super().__init__(f"{service}: {reason}")
@@ -181,10 +185,10 @@ KINDS: dict[str, Kind] = {
         "study", True, "the archive refuses to give its metadata (406 and the like): see to it there"
     ),
     "malformed-entry": Kind(
-        "change feed entry", False, "tell whoever runs the DICOM service; look at its study with `verify --study`"
+        "change feed entry", False, "tell whoever runs the DICOM service; `verify` its study, or `--since` before it"
     ),
     "unknown-action": Kind(
-        "change feed entry", False, "tell whoever runs the DICOM service; look at its study with `verify --study`"
+        "change feed entry", False, "tell whoever runs the DICOM service; `verify` its study, or `--since` before it"
     ),
     "partition": Kind("change feed entry", False, "another data partition's: run a worker for it, or dismiss it"),
     "patient-unknown": Kind("study", True, "policy `lookup`: create the Patient"),

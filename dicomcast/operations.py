@@ -9,7 +9,7 @@ import getpass
 import hashlib
 import platform
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
@@ -27,8 +27,8 @@ from dicomcast.dicom import values
 from dicomcast.dicom.service import PAGE, DicomService
 from dicomcast.fhir import resources
 from dicomcast.fhir.service import FhirService, Query
-from dicomcast.state import jobs, operators, store, tables
-from dicomcast.sync.backlog import too_many
+from dicomcast.state import jobs, operators, store, tables, waiting
+from dicomcast.sync.backlog import MAY_DELETE, too_many
 from dicomcast.sync.ledger import Ledger, in_thread
 from dicomcast.sync.links import Links
 from dicomcast.sync.patience import Patience, Stopped
@@ -36,7 +36,7 @@ from dicomcast.sync.rehearsal import Rehearsal, Rehearsed
 from dicomcast.sync.roads import ways
 
 Json = Any
-Position, read_exported = operators.Position, operators.read_exported
+read_exported = operators.read_exported
 Progress = Callable[[int, int], None]
 """Called with the studies that are done, and all of them."""
 
@@ -49,6 +49,8 @@ _WINDOW = timedelta(days=31)
 _LATE = 1000
 """Sequences below the newest that the DICOM service may still be about to commit."""
 _SAME = "same"
+_GOOD_FOR = timedelta(days=1)
+"""How long a list of studies to compare, and what was found of them, are good for."""
 log = structlog.get_logger("dicomcast")
 
 _COUNTED = ("created", "updated", "unchanged", "deleted")
@@ -166,7 +168,7 @@ async def at_desk(
         state.open()
         feed_id = state.know(options.feed_name, url=options.dicom.url)
         patience = Patience(clock=clock, stop=stop, limit=options.sync.patience)
-        ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=False)
+        ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=False, reads=False)
         ledger.look(feed_id)
         async with app.services(options, clock=clock, dry=True) as (dicom, fhir):
             try:
@@ -209,10 +211,7 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
                 at_work, since = None, desk.clock.monotonic()
             elif at_work is None:
                 if now.held is not None and now.left:
-                    raise errors.NeedsPerson(
-                        f"{now.held}, and {now.left} studies of this {job.verb} still wait: look at them with "
-                        "--dry-run or verify, and where it is right say --allow-deletes N"
-                    )
+                    raise errors.NeedsPerson(_held(job, now))
                 if not now.left or desk.stop.is_set():
                     return now
                 if not await in_thread(desk.worked_on):
@@ -227,6 +226,15 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
     finally:
         if at_work is not None:
             await asyncio.gather(at_work, return_exceptions=True)
+
+
+def _held(job: jobs.Job, now: jobs.Progress) -> str:
+    if now.held == jobs.CANCELLED:
+        return f"job {job.id} was cancelled"
+    return (
+        f"{now.held}, and {now.left} studies of this {job.verb} still wait: look at them with --dry-run or verify, and "
+        "where it is right say --allow-deletes N"
+    )
 
 
 def _silent(desk: Desk) -> errors.Error:
@@ -288,15 +296,16 @@ async def _rehearsed(desk: Desk, studies: Sequence[str], limits: Limits) -> list
 
 async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: bool = False) -> Report:
     """Read studies anew and reconcile them; with `dry_run` only say what that would do."""
-    if dry_run:
-        return await _rehearse(desk, await _chosen(desk, selection), limits)
     chosen = await _chosen(desk, selection)
+    if dry_run:
+        return await _rehearse(desk, islice(chosen, selection.limit), limits)
     job = desk.begin("replay", selection.scope, limits)
-    if not job.listed:
-        await _put(desk, job, chosen)
-        jobs.listed(desk.state, job, now=desk.clock.now())
+    if selection.limit is not None:
+        chosen = islice(chosen, max(0, selection.limit - jobs.progress(desk.state, job).states.total()))
+    await _put(desk, job, chosen)  # also what has come to fit since an earlier call of the same
+    jobs.listed(desk.state, job, now=desk.clock.now())
     done = await _work_through(desk, job)
-    results = jobs.results(desk.state, job.id)
+    results = waiting.results(desk.state, job.id)
     document = {
         "replayed": results.total(),
         **{word: results[word] for word in _COUNTED},
@@ -307,8 +316,11 @@ async def replay(desk: Desk, selection: Selection, limits: Limits, *, dry_run: b
 
 
 async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
-    """Study Instance UIDs. Raises `Misconfigured` for a failure or a series that nobody knows."""
+    """Study Instance UIDs. Raises `Misconfigured` for a failure, a study or a series that nobody knows."""
     state, failure = desk.state, tables.failure.c
+    for study_uid in selection.studies:
+        if not await _known(desk, study_uid):
+            raise errors.Misconfigured([f"--study {study_uid}: neither service knows it, nor does the database"])
     found: dict[str, None] = dict.fromkeys(selection.studies)
     for one in selection.ids:
         rows = state.failures(desk.feed_id, statuses=(), failure_id=one)  # what is over costs a look, and is no error
@@ -333,7 +345,19 @@ async def _chosen(desk: Desk, selection: Selection) -> Iterable[str]:
         found |= dict.fromkeys(jobs.failing(state, desk.feed_id, *narrowed))
     other = tables.study.c.mapping_digest != desk.rules.digest
     outdated = jobs.known(state, desk.feed_id, other) if selection.outdated else ()
-    return islice(chain(found, (uid for uid in outdated if uid not in found)), selection.limit)
+    return chain(found, (uid for uid in outdated if uid not in found))
+
+
+async def _known(desk: Desk, study_uid: str) -> bool:
+    """Whether the database, the DICOM service or the FHIR service knows of a study."""
+    if desk.state.study_row(desk.feed_id, study_uid) or desk.state.failures(desk.feed_id, study_uid=study_uid):
+        return True
+    if await desk.patience.with_("dicom", partial(desk.dicom.lists, study_uid)):
+        return True
+    try:
+        return await desk.patience.with_("fhir", partial(desk.links.study, study_uid)) is not None
+    except errors.StudyFailed:  # there are several
+        return True
 
 
 async def _rehearse(desk: Desk, studies: Iterable[str], limits: Limits) -> Report:
@@ -386,114 +410,127 @@ async def verify(
     Raises `NeedsPerson` too where a repair would take more studies out of FHIR than was allowed.
     """
     scope = [f"--study {one}" for one in studies] or ([f"--since {since}"] if since else ["--all"])
-    job = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits)
-    if not job.listed:
-        if studies:
-            await _put(desk, job, studies, to_compare=True)
-        else:
-            await desk.patience.unless_stopped(_list_all(desk, job, since=since))
-        jobs.listed(desk.state, job, now=desk.clock.now())
-    # What an earlier call found to differ may have been mended since.
-    await in_thread(jobs.put_back, desk.state, job, as_="listed")
-    await _compare(desk, job, limits)
-    differing = _differing(desk, job)
+    job, now, every = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits), desk.clock.now(), True
+    if job.listed_at is None or job.listed_at < now - _GOOD_FOR:
+        await _put(desk, job, studies, to_compare=True, cursor=job.cursor)
+        every = bool(studies) or await desk.patience.unless_stopped(_list_all(desk, job, since=since))
+        if every:
+            jobs.listed(desk.state, job, now=desk.clock.now())
+    # What an earlier call of the same found may not be so any more.
+    await in_thread(jobs.compare_again, desk.state, job, before=now - _GOOD_FOR)
+    differing, pending = await _compare(desk, job, limits), []
     if differing and desk.worked_on():
         # The worker may just have been about to write what is missing.
         await desk.patience.wait(2 * desk.options.settle.idle)
-        await in_thread(jobs.put_back, desk.state, job, as_="listed")
-        await _compare(desk, job, limits)
-        differing = _differing(desk, job)
-    checked = jobs.progress(desk.state, job).done
+        differing = await _compare(desk, job, limits)
+        pending = await desk.patience.unless_stopped(_pending(desk, differing))
+        await in_thread(jobs.pending, desk.state, pending)
+        differing = {work_id: one for work_id, one in differing.items() if work_id not in pending}
+    jobs.listed(desk.state, job, now=desk.clock.now())
+    states = jobs.progress(desk.state, job).states
     found = list(differing.values())
     if not studies and since is None:
         found += await desk.patience.unless_stopped(_orphans(desk))
-    repaired = await _repair(desk, job, differing, limits, checked=checked) if repair and differing else 0
-    document = {"checked": checked, "differences": found, "repaired": repaired}
-    return Report(document, [*map(_in_words, found)], amiss=len(found) > repaired, stopped=desk.stop.signal)
+    found += [] if every else [{"study_instance_uid": None, "kind": "unlisted"}]
+    repaired = await _repair(desk, job, differing, limits, checked=states["done"]) if repair and differing else 0
+    document = {"checked": states["done"], "differences": found, "repaired": repaired, "pending": len(pending)}
+    amiss = len(found) > repaired or states["cancelled"] > 0
+    return Report(document, [*map(_in_words, found)], amiss=amiss, stopped=desk.stop.signal)
 
 
-def _differing(desk: Desk, job: jobs.Job) -> dict[int, dict[str, Json]]:
-    rows = jobs.different(desk.state, job)
-    return {row.id: {"study_instance_uid": row.study_instance_uid, **orjson.loads(row.detail)} for row in rows}
+async def _pending(desk: Desk, differing: dict[int, dict[str, Json]]) -> list[int]:
+    """Those that the feed tells of above the watermark: whoever holds the lease has yet to come to them."""
+    feed = desk.state.feed(desk.options.feed_name) or {}
+    told: set[str] = set()
+    async for studies in _told(desk, after=feed.get("watermark") or 0):
+        told |= studies
+    return [work_id for work_id, one in differing.items() if one["study_instance_uid"] in told]
 
 
-async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> None:
-    """Studies that the database, the DICOM service or the FHIR service has, each once; taken up where it stopped."""
-    phase, _, place = (job.cursor or "state").partition(" ")
+async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> bool:
+    """Studies that the database, the DICOM service or the FHIR service has, each once; taken up where it stopped.
+
+    False where the FHIR service could not be listed.
+    """
+    phase = job.cursor or "state"
     if since is not None:
         start = settings.moment(since, desk.clock.now())
         known = jobs.known(desk.state, desk.feed_id, tables.study.c.synced_at >= start)
         await _put(desk, job, known, to_compare=True)
-        await _list_feed(desk, job, start)
-        return
+        latest = await desk.patience.with_("dicom", desk.dicom.latest)
+        newest = latest.sequence if latest else 0
+        after = await desk.patience.with_("dicom", partial(desk.dicom.before, start, newest=newest))
+        async for studies in _told(desk, after=after):
+            await _put(desk, job, studies, to_compare=True)
+        return True
     if phase == "state":
-        await _put(desk, job, jobs.known(desk.state, desk.feed_id), to_compare=True, cursor="dicom 0")
-        phase, place = "dicom", "0"
+        await _put(desk, job, jobs.known(desk.state, desk.feed_id), to_compare=True, cursor="dicom")
+        phase = "dicom"
     if phase == "dicom":
-        await _list_dicom(desk, job, place="dicom", offset=int(place), to_compare=True)
+        async for page in desk.dicom.studies():
+            await _put(desk, job, page, to_compare=True, cursor="dicom")
         await _put(desk, job, (), cursor="fhir")
     endpoint, _ = await desk.patience.with_("fhir", desk.links.endpoints)
     if endpoint is None:
-        return
+        return True
     query = Query("ImagingStudy", (("endpoint", endpoint.reference), ("_elements", "identifier"), ("_count", "200")))
     try:
-        async for page in desk.fhir.each(query):
-            uids = (_study_uid(one) for one in page)
+        async for hits in desk.fhir.each(query):
+            uids = (_study_uid(one) for one in hits)
             await _put(desk, job, [uid for uid in uids if uid], to_compare=True, cursor="fhir")
     except (errors.Rejected, errors.Conflict) as refused:
-        # Its pages expired, or it knows no such search: what only FHIR has is found by the next verification, or never.
         log.warning("not all of FHIR was listed", reason=str(refused))
+        return False
+    return True
 
 
-async def _list_feed(desk: Desk, job: jobs.Job, since: datetime) -> None:
-    """Studies that the feed has told of since then."""
+async def _told(desk: Desk, *, after: int) -> AsyncIterator[set[str]]:
+    """Studies that the feed tells of after a sequence, page by page."""
     latest = await desk.patience.with_("dicom", desk.dicom.latest)
-    newest = latest.sequence if latest else 0
-    after = await desk.patience.with_("dicom", partial(desk.dicom.before, since, newest=newest))
-    while after < newest:
+    while latest is not None and after < latest.sequence:
         page = await desk.patience.with_("dicom", partial(desk.dicom.page, after, metadata=False))
-        uids = [entry.study_uid for entry in page if entry.study_uid]
-        await _put(desk, job, dict.fromkeys(uids), to_compare=True)
+        yield {entry.study_uid for entry in page if entry.study_uid}
         after += PAGE
 
 
-async def _list_dicom(
-    desk: Desk,
-    job: jobs.Job,
-    *,
-    place: str = "0",
-    offset: int = 0,
-    dates: tuple[date, date] | None = None,
-    to_compare: bool = False,
-) -> None:
-    """Studies that QIDO-RS finds, from an offset on; `place` and offset are the cursor."""
-    async for page in desk.dicom.studies(offset=offset, dates=dates):
-        await _put(desk, job, page, to_compare=to_compare, cursor=f"{place} {offset}")
-        offset += len(page) - len(page) // 10
+async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> dict[int, dict[str, Json]]:
+    """Compare what waits for it, and once more what has differed; by id of the work, what differs now.
 
-
-async def _compare(desk: Desk, job: jobs.Job, limits: Limits) -> None:
-    """What waits to be compared, a few at a time; results are kept as they come."""
+    A few at a time, and results are kept as they come.
+    """
+    await in_thread(jobs.put_back, desk.state, job, as_="listed")
     states = (await in_thread(jobs.progress, desk.state, job)).states
     done, total = states["done"], states.total()
     while some := await in_thread(jobs.to_compare, desk.state, job, limit=_COMPARED_TOGETHER):
         studies = [work.study_instance_uid for work in some]
-        results = []
-        for work, rehearsed in zip(some, await _rehearsed(desk, studies, limits), strict=True):
-            kind, detail = _verdict(desk, work.study_instance_uid, rehearsed)
-            results.append((work.id, kind, orjson.dumps({"kind": kind, **detail}).decode() if detail else None))
+        found = await _rehearsed(desk, studies, limits)
+        twice = await desk.patience.with_("fhir", partial(desk.links.repeated, studies))
+        results = await in_thread(_verdicts, desk, some, found, twice)
         await in_thread(jobs.compared, desk.state, results, now=desk.clock.now())
         done += len(some)
         desk.progress(done, total)
+    rows = await in_thread(lambda: list(jobs.different(desk.state, job)))
+    return {row.id: {"study_instance_uid": row.study_instance_uid, **orjson.loads(row.detail)} for row in rows}
+
+
+def _verdicts(
+    desk: Desk, some: list[waiting.Work], found: list[Rehearsed], twice: set[str]
+) -> list[tuple[int, str, str | None]]:
+    results = []
+    for work, rehearsed in zip(some, found, strict=True):
+        kind, detail = _verdict(desk, work.study_instance_uid, rehearsed)
+        if work.study_instance_uid in twice:
+            kind, detail = "duplicates", {"changes": [], **detail}
+        results.append((work.id, kind, orjson.dumps({"kind": kind, **detail}).decode() if detail else None))
+    return results
 
 
 def _verdict(desk: Desk, study_uid: str, rehearsed: Rehearsed) -> tuple[str, dict[str, Json]]:
     """In one word how the three differ, and the details; `same` where they do not."""
     detail: dict[str, Json] = {"changes": _changes(rehearsed)}
     if unknown := _not_dismissed(desk, study_uid, rehearsed.failures):
-        twice = any(one.kind == "ambiguous" and "ImagingStudy" in one.message for one in unknown)
         detail["failures"] = sorted({one.kind for one in unknown})
-        return "duplicates" if twice else "failed", detail
+        return "failed", detail
     word = _difference(rehearsed)
     if word is None and not rehearsed.failures and _unrecorded(desk, study_uid, rehearsed.row):
         word = "unrecorded"
@@ -515,9 +552,9 @@ def _difference(rehearsed: Rehearsed) -> str | None:
 
 def _unrecorded(desk: Desk, study_uid: str, wanted: store.Study | None) -> bool:
     """Whether the database says otherwise of a study whose FHIR content is right."""
-    if wanted is None or wanted.outcome == "deleted":
-        return False
     row = desk.state.study_row(desk.feed_id, study_uid)
+    if wanted is None or wanted.outcome == "deleted":
+        return wanted is not None and row is not None and row["outcome"] != "deleted"
     columns = ("outcome",) if wanted.outcome == "shared" else ("outcome", "imaging_study", "series", "instances")
     return row is None or any(row[name] != getattr(wanted, name) for name in columns)
 
@@ -540,16 +577,17 @@ async def _repair(
     if too_many(extra, of=checked, allowed=limits.allow_deletes):
         reason = f"{extra} of {checked} studies would be taken out of FHIR"
         await in_thread(jobs.put_back, desk.state, job, as_="listed")
-        await in_thread(jobs.hold, desk.state, job.id, reason)
+        await in_thread(waiting.hold, desk.state, job.id, reason)
         raise errors.NeedsPerson(
             f"{reason}; where that is right, say --allow-deletes {extra}: only what differs is then looked at again"
         )
+    await in_thread(jobs.allow, desk.state, job, max(extra, limits.allow_deletes or MAY_DELETE))
     await in_thread(jobs.put_back, desk.state, job, as_="waiting")
     await _work_through(desk, job)
-    mended = {row.id for row in jobs.different(desk.state, job) if row.state == "done" and row.result in _COUNTED}
+    left = await _compare(desk, job, limits)
     for work_id, one in differing.items():
-        one["repaired"] = work_id in mended
-    return len(mended)
+        one["repaired"] = work_id not in left
+    return sum(one["repaired"] for one in differing.values())
 
 
 async def _orphans(desk: Desk) -> list[dict[str, Json]]:
@@ -586,11 +624,12 @@ def _study_uid(held: resources.Held) -> str | None:
 
 
 async def backfill(
-    desk: Desk, limits: Limits, *, dates: tuple[date, date] | None = None, named: Sequence[str] | None = None
+    desk: Desk, limits: Limits, *, dates: tuple[date, date | None] | None = None, named: Sequence[str] | None = None
 ) -> Report:
     """Bring studies into FHIR that the feed does not tell of: those of some days, those that are named, or all.
 
-    After `all`, a feed that was never begun begins a little below its newest entry of before the listing.
+    `dates`: the first day and the last; None is today. After `all`, a feed that was never begun begins a little below
+    its newest entry of before the listing.
     """
     # What is asked for stands in the database: no date that a study might have, and no file's name.
     wanted = [f"{one}" for one in dates or named or ()]
@@ -600,10 +639,10 @@ async def backfill(
     if job.handover is None:
         latest = await desk.patience.with_("dicom", desk.dicom.latest)
         job = jobs.hand_over_at(desk.state, job, max(0, latest.sequence - _LATE) if latest else 0)
-    if not job.listed:
+    if job.listed_at is None:
         await desk.patience.unless_stopped(_list_for_backfill(desk, job, dates=dates, named=named))
     done = await _work_through(desk, job)
-    results = jobs.results(desk.state, job.id)
+    results = waiting.results(desk.state, job.id)
     document = {
         "listed": done.states.total(),
         **{word: results[word] for word in (*_COUNTED, "failed")},
@@ -614,19 +653,19 @@ async def backfill(
 
 
 async def _list_for_backfill(
-    desk: Desk, job: jobs.Job, *, dates: tuple[date, date] | None, named: Sequence[str] | None
+    desk: Desk, job: jobs.Job, *, dates: tuple[date, date | None] | None, named: Sequence[str] | None
 ) -> None:
-    window, _, offset = (job.cursor or "0 0").partition(" ")
     if named is not None:
         await _put(desk, job, named)
     elif dates is None:
-        await _list_dicom(desk, job, offset=int(offset))
+        async for page in desk.dicom.studies():
+            await _put(desk, job, page)
     else:
-        number, at = int(window), int(offset)
-        while (first := dates[0] + number * _WINDOW) <= dates[1]:
-            last = min(first + _WINDOW - timedelta(days=1), dates[1])
-            await _list_dicom(desk, job, place=str(number), offset=at, dates=(first, last))
-            number, at = number + 1, 0
+        window, last = int(job.cursor or 0), dates[1] or desk.clock.now().date() + timedelta(days=1)  # wherever it is
+        while (first := dates[0] + window * _WINDOW) <= last:
+            async for page in desk.dicom.studies(dates=(first, min(first + _WINDOW - timedelta(days=1), last))):
+                await _put(desk, job, page, cursor=str(window))
+            window += 1
     jobs.listed(desk.state, job, whole=named is None and dates is None, now=desk.clock.now())
 
 
@@ -687,6 +726,17 @@ def position(options: settings.Settings) -> operators.Position | None:
         return operators.position(state, feed["id"]) if feed is not None else None
 
 
+def newest(options: settings.Settings, watermark: int, name: str) -> int | None:
+    """The newest entry that the DICOM service has, None where it can't say. Raises `Misconfigured` below `watermark`.
+
+    `name`: what the watermark is called where it was said.
+    """
+    latest: int | None = asyncio.run(app.asked(options, Clock().now())).get("latest")
+    if latest is not None and watermark > latest:
+        raise errors.Misconfigured([f"{name}: {watermark} is beyond the change feed, which ends at {latest}"])
+    return latest
+
+
 def set_position(options: settings.Settings, wanted: operators.Position, *, action: str) -> None:
     """Put the feed there, under its lease. Raises `LeaseHeld` beside a worker."""
     with closing(store.Store(options.database.url, clock=Clock())) as state:
@@ -705,7 +755,7 @@ def audited(options: settings.Settings, *, limit: int) -> list[store.Row]:
         return operators.audited(state, feed["id"], limit=limit) if feed is not None else []
 
 
-def waiting(options: settings.Settings) -> list[store.Row]:
+def unfinished(options: settings.Settings) -> list[store.Row]:
     """Jobs that are not done with."""
     with app.known(options) as (state, feed):
         return jobs.unfinished(state, feed["id"]) if feed is not None else []

@@ -115,7 +115,7 @@ def schema() -> list[dict[str, str]]:
     shown = [(name, columns, False) for name, (_, columns) in reports.VIEWS.items()]
     shown += [(table.name, list(table.columns), True) for table in tables.metadata.tables.values()]
     return [
-        {"table": name, "column": one.name, "type": _type(one, keys=keys), "meaning": one.comment or ""}
+        {"table": str(name), "column": str(one.name), "type": _type(one, keys=keys), "meaning": one.comment or ""}
         for name, columns, keys in shown
         for one in columns
     ]

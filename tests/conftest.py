@@ -142,8 +142,8 @@ def clinic(sandbox: Any, database_url: str) -> Iterator[Hospital]:
 
 @pytest.fixture
 def everywhere(sandbox: Any, fhir_url: str, tmp_path: Path) -> Iterator[Hospital]:
-    """The same, on each FHIR service that there is."""
-    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db")
+    """The same, on each FHIR service that there is; a real one may take seconds of ours to answer."""
+    one = Hospital(sandbox.dicom_url, fhir_url, f"sqlite:///{tmp_path}/state.db", patience=6000)
     yield one
     one.close()
 

@@ -38,12 +38,13 @@ ARROWS: dict[str, set[str]] = {
     "mappings": {"mapping"},
 }
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"}
-CORE_LINES = 7_300
+CORE_LINES = 7_200
 # What a running worker executes. Beside it are the sandbox, the rules themselves, which are data, what authors and
 # operators ask for, and migrations, which repeat what the tables say.
 BESIDE = {"sandbox", "demo", "mappings", "authoring", "operations", "reporting", "cli"}
 NO_CORE = {
     PACKAGE / "dicom" / "files.py",
+    PACKAGE / "state" / "jobs.py",
     PACKAGE / "state" / "operators.py",
     PACKAGE / "state" / "reports.py",
     PACKAGE / "sync" / "rehearsal.py",

@@ -204,7 +204,7 @@ def test_verify_says_what_differs_and_repair_mends_it(hospital: Hospital) -> Non
     kinds = {difference["study_instance_uid"]: difference["kind"] for difference in found["differences"]}
     assert (found["checked"], found["repaired"]) == (4, 0)
     assert kinds == {uid(changed[0]): "content", uid(gone[0]): "extra", uid(new[0]): "missing"}
-    assert one == {"checked": 1, "differences": [], "repaired": 0}
+    assert one == {"checked": 1, "differences": [], "repaired": 0, "pending": 0}
     assert (repaired["checked"], repaired["repaired"], len(repaired["differences"])) == (4, 3, 3)
     assert (again["differences"], again["repaired"]) == ([], 0)
 
@@ -303,6 +303,7 @@ def test_worker_that_comes_to_nothing_ends_each_verb_with_4_and_its_work_can_be_
 ) -> None:
     study = a_study()
     hospital.send(*study)
+    hospital.feed("reset", sequence=0)  # else it would be the worker's own
     with idle_worker(hospital):
         for verb in (
             ["replay", "--study", uid(study[0])],
@@ -358,7 +359,7 @@ def test_sigterm_ends_verify_cleanly_and_the_same_call_goes_on(hospital: Hospita
     assert process.returncode == 143, err
     assert "Traceback" not in err
     assert json.loads(out) == {}
-    assert said(hospital, "verify", "--all") == {"checked": 1, "differences": [], "repaired": 0}
+    assert said(hospital, "verify", "--all") == {"checked": 1, "differences": [], "repaired": 0, "pending": 0}
 
 
 # status
@@ -396,6 +397,21 @@ def test_lag_that_is_too_long_ends_status_with_1(hospital: Hospital) -> None:
     assert 3600 <= said(hospital, "status")["feed"]["lag_seconds"] < 3660
 
 
+def test_lag_counts_from_when_the_feed_was_last_seen_where_it_cannot_be_asked(hospital: Hospital) -> None:
+    hospital.send(*a_study())
+    hospital.clock = Clock()
+    hospital.sync()
+    with database(hospital) as connection:
+        connection.execute(sa.update(tables.feed).values(seen_at=Clock().now() - timedelta(hours=2)))
+    up_to_date = cli(hospital, "status", "--max-lag", "15m")[0]
+    hospital.fault("dicom", path="latest", status=401)
+
+    code, out, _ = cli(hospital, "status", "--max-lag", "15m", "--format", "json")
+
+    assert (up_to_date, code) == (0, 1)
+    assert json.loads(out)["feed"]["lag_seconds"] >= 7200
+
+
 def test_worker_that_never_came_to_the_newest_entry_is_not_up_to_date(hospital: Hospital) -> None:
     """FHIR is away since the first sync; that was long ago."""
     hospital.send(*a_study())
@@ -426,17 +442,18 @@ def test_tables_and_csv_say_the_same(hospital: Hospital, tmp_path: Path) -> None
     hospital.send(*failing, *changed)
     hospital.sync()
     hospital.modality.correct([uid(changed[0])], {"StudyDescription": "second look"})
+    other = uid(changed[0])
     with idle_worker(hospital):
-        cli(hospital, "replay", "--study", "1.2.3", **HASTE)
+        cli(hospital, "replay", "--study", other, **HASTE)
     (failed,) = hospital.failures()
     expected = {
         "status": {"feed watermark": "3", "failures open": "1"},
         "failures list": {"id": str(failed["id"]), "kind": "patient-id-missing"},
         "failures summary": {"kind": "patient-id-missing", "studies": "1"},
         f"failures show {failed['id']}": {"id": str(failed["id"]), "tag": "00100020"},
-        "work list": {"verb": "replay", "scope": "--study 1.2.3", "left": "1"},
+        "work list": {"verb": "replay", "scope": f"--study {other}", "left": "1"},
         "state show": {"watermark": "3", "first": "0"},
-        "state audit": {"action": "replay", "detail": "--study 1.2.3"},
+        "state audit": {"action": "replay", "detail": f"--study {other}"},
         f"verify --study {uid(changed[0])}": {"study_instance_uid": uid(changed[0]), "kind": "content"},
         f"replay --dry-run --study {uid(changed[0])}": {"study_instance_uid": uid(changed[0]), "outcome": "updated"},
         f"replay --study {uid(changed[0])}": {"replayed": "1", "still_failing": "0"},
@@ -466,3 +483,12 @@ def test_nothing_to_show_is_said_in_each_form(hospital: Hospital, form: str) -> 
         assert out, line
         if form == "json":
             json.loads(out)
+
+
+def test_schema_is_shown_in_each_form(hospital: Hospital) -> None:
+    code, out, _ = cli(hospital, "db", "show", "--format", "json")
+    _, text, _ = cli(hospital, "db", "show", "--format", "csv")
+
+    assert code == 0
+    assert json.loads(out) == list(csv.DictReader(io.StringIO(text)))
+    assert {"table", "column", "type", "meaning"} == set(json.loads(out)[0])

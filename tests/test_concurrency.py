@@ -31,7 +31,7 @@ def test_worker_replay_verify_and_reports_share_a_database(clinic: Hospital) -> 
         lambda: at_desk(partial(operations.replay, selection=every, limits=limits)),
         lambda: at_desk(partial(operations.verify, limits=limits, repair=True)),
         lambda: [reporting.report(options, name) for name in reports.REPORTS],
-        lambda: (app.status(options), app.failures(options), app.issues(options), operations.waiting(options)),
+        lambda: (app.status(options), app.failures(options), app.issues(options), operations.unfinished(options)),
         lambda: operations.prune(options, before=Clock().now() - timedelta(days=1)),
         lambda: operations.dismiss(options, ids=[10**6], kind=None, study_uid=None, reason="none such"),
     ]

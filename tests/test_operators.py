@@ -5,8 +5,10 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from hospital import Hospital, HurriedClock, a_failing_study, a_study, database,
 
 from dicomcast import app, errors, operations
 from dicomcast.cli import main
+from dicomcast.clock import Clock
 from dicomcast.state import operators, store, tables
 
 ROOT = Path(__file__).parent.parent
@@ -371,6 +374,52 @@ def test_position_that_is_no_number_is_an_error_and_never_zero(hospital: Hospita
     refuses(hospital, NO_NUMBERS[how])
 
 
+def test_position_of_which_only_the_newest_entry_is_left_is_an_error(hospital: Hospital) -> None:
+    hospital.send(*a_failing_study())
+    hospital.sync()
+    with database(hospital) as connection:
+        connection.execute(sa.delete(tables.study))
+        connection.execute(sa.update(tables.feed).values(first=None, watermark=None))
+
+    with pytest.raises(errors.Incompatible, match="state set"):
+        hospital.sync()
+
+
+def test_position_beyond_the_feed_is_refused(clinic: Hospital) -> None:
+    clinic.send(*a_study())
+    clinic.sync()
+    before = positioned(clinic)
+    beyond = exported(clinic, watermark=5000, latest=5000)
+
+    typed = cli(clinic, "state", "set", "--watermark", "5000", "--yes")
+    brought = imported(clinic, beyond, "--yes")
+
+    assert (typed[0], brought[0], positioned(clinic)) == (2, 2, before)
+    assert "ends at 1" in typed[2]
+    assert "ends at 1" in brought[2]
+
+
+def test_position_that_went_too_far_while_nobody_could_be_asked_is_put_back(clinic: Hospital) -> None:
+    clinic.send(*a_study())
+    clinic.sync()
+    clinic.fault("dicom", path="latest", status=503)
+    assert cli(clinic, "state", "set", "--watermark", "5000", "--yes")[0] == 0
+    clinic.heal()
+    assert cli(clinic, "state", "set", "--watermark", "1", "--yes")[0] == 0
+    clinic.send(*a_study())
+
+    assert clinic.sync() == {"created": 1}
+
+
+def test_entry_at_the_watermark_that_cannot_be_read_is_an_outage(clinic: Hospital) -> None:
+    clinic.send(*a_study())
+    clinic.sync()
+    clinic.send(*a_study())
+    clinic.fault("dicom", path=r"changefeed\?", entry="broken", times=1)
+
+    assert clinic.sync() == {"created": 1}
+
+
 def test_status_is_no_bug_where_the_position_is_no_number(hospital: Hospital) -> None:
     hospital.send(*a_study())
     hospital.sync()
@@ -472,6 +521,26 @@ def test_database_that_is_away_for_a_while_is_waited_for(remote: Hospital, postg
 
     assert set(offsets(remote)) == {2}
     remote.check(uid(second[0]))
+
+
+def test_database_file_without_rights_is_named() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "state.db")
+        file.touch(mode=0o444)
+        Path(folder).chmod(0o755)
+        child = os.fork()
+        if not child:
+            ended = 1
+            try:
+                if os.getuid() == 0:
+                    os.setuid(65534)  # who is root may do anything
+                store.Store(f"sqlite:///{file}", clock=Clock())
+            except errors.Misconfigured as wrong:
+                ended = 0 if folder in wrong.problems[0] else 2
+            finally:
+                os._exit(ended)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_database_file_that_is_spoilt_ends_sync_and_nothing_is_read_anew(hospital: Hospital) -> None:

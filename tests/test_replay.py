@@ -1,12 +1,13 @@
 """Replay: what failed is read anew, by whoever holds the lease; beside a worker, after a stop, and as a rehearsal."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import gateway
 import pytest
-from hospital import NO_LIMITS, Hospital, a_failing_study, a_study, corrected, counts, uid, until
+from hospital import NO_LIMITS, Hospital, Scripted, a_failing_study, a_study, corrected, counts, rows, uid, until
 
 from dicomcast import app, errors, operations
 from dicomcast.state import jobs, operators
@@ -69,7 +70,7 @@ def test_study_that_was_never_synced_can_be_named(clinic: Hospital) -> None:
     assert clinic.sync() == {"unchanged": 1}
 
 
-@pytest.mark.parametrize("selection", [{"ids": (77,)}, {"series": ("1.2.3.4",)}])
+@pytest.mark.parametrize("selection", [{"ids": (77,)}, {"series": ("1.2.3.4",)}, {"studies": ("1.2.3.4",)}])
 def test_what_nobody_knows_is_an_error(hospital: Hospital, selection: Any) -> None:
     with pytest.raises(errors.Misconfigured, match=r"77|1\.2\.3\.4"):
         hospital.replay(**selection)
@@ -131,9 +132,25 @@ def test_job_that_was_stopped_is_taken_up_by_the_same_call(clinic: Hospital) -> 
         jobs.add(state, job, [uid(study[0]) for study in studies[:2]])
         jobs.listed(state, job, now=clinic.clock.now())
 
-    taken_up, whole = clinic.replay(outdated=True), clinic.replay(outdated=True)
+    taken_up = clinic.replay(outdated=True)
 
-    assert (counts(taken_up), counts(whole)) == ({"replayed": 2, "updated": 2}, {"replayed": 4, "updated": 4})
+    assert counts(taken_up) == {"replayed": 6, "updated": 6}
+    assert [one.id for one in rows(clinic)["job"]] == [job.id]
+
+
+def test_limit_holds_for_a_job_that_is_taken_up(clinic: Hospital) -> None:
+    studies = [a_study() for _ in range(6)]
+    clinic.send(*(study[0] for study in studies))
+    clinic.sync()
+    clinic.flags["accession"] = {"system": "urn:oid:9.9"}
+    with clinic.state() as (state, feed_id):
+        job = jobs.begin(state, feed_id, "replay", "--outdated --limit 3", by="me", now=clinic.clock.now())
+        jobs.add(state, job, [uid(study[0]) for study in studies[:2]])
+
+    assert counts(clinic.replay(outdated=True, limit=3)) in (
+        {"replayed": 3, "updated": 3},
+        {"replayed": 2, "updated": 2},
+    )
 
 
 def test_sync_does_what_a_stopped_job_has_left(clinic: Hospital) -> None:
@@ -280,6 +297,69 @@ def test_study_that_the_service_cannot_take_is_recorded_and_ends_the_replay(clin
 
     assert counts(done) == {"replayed": 2, "updated": 1, "still_failing": 1}
     assert clinic.kinds() == ["server-error" if status == 500 else "denied"]
+
+
+def test_study_that_the_archive_lists_without_metadata_is_recorded(feed: Scripted, scripted: Hospital) -> None:
+    right, odd = a_study(), a_study()
+    feed.create(right[0], 1)
+    feed.listed.add(uid(odd[0]))  # QIDO-RS finds it, and it has no metadata
+
+    done = scripted.replay(studies=(uid(odd[0]), uid(right[0])))
+    looked = scripted.verify(studies=[uid(odd[0]), uid(right[0])])
+
+    assert counts(done) == {"replayed": 2, "created": 1, "still_failing": 1}
+    assert [(one["kind"], one["status"]) for one in scripted.failures()] == [("server-error", "retrying")]
+    assert [one["kind"] for one in looked.document["differences"]] == ["failed"]
+
+
+def test_replay_says_nothing_of_the_feed(clinic: Hospital) -> None:
+    study = a_study()
+    clinic.send(*study)
+    clinic.sync()
+    clinic.send(*a_study())
+    before = rows(clinic)["feed"][0]
+
+    clinic.replay(studies=(uid(study[0]),))
+
+    after = rows(clinic)["feed"][0]
+    assert (after.current_at, after.seen_at, after.watermark) == (before.current_at, before.seen_at, before.watermark)
+
+
+def test_failure_keeps_its_sequence_and_is_over_also_where_the_feed_was_set_back(clinic: Hospital) -> None:
+    failing, mended = a_failing_study(), a_failing_study()
+    clinic.send(*failing, *mended)
+    clinic.sync()
+    sequences = {one["study_instance_uid"]: one["sequence"] for one in clinic.failures()}
+    corrected(clinic, mended)
+    with clinic.state() as (state, _):
+        lease = state.acquire(clinic.options().feed_name, url=clinic.dicom_url, owner="me", seconds=30)
+        position = operators.Position(feed="f", url="u", first=0, watermark=1, latest=4)
+        operators.set_position(state, lease, position, action="state set", who="me", now=clinic.clock.now())
+        state.release(lease)
+
+    done = clinic.replay(everything=True)
+
+    assert counts(done) == {"replayed": 2, "updated": 1, "still_failing": 1}
+    assert [one["sequence"] for one in clinic.failures()] == [sequences[uid(failing[0])]]
+
+
+def test_leave_to_delete_is_in_the_audit(clinic: Hospital) -> None:
+    studies = gone(clinic, 22, of=22)
+    with pytest.raises(errors.NeedsPerson):
+        clinic.replay(studies=tuple(studies))
+
+    clinic.replay(studies=tuple(studies), limits=operations.Limits(allow_deletes=22))
+
+    noted = [one.detail.endswith("allow-deletes=22") for one in rows(clinic)["audit"]]
+    assert noted == [False, True]
+
+
+def test_the_same_asked_for_twice_at_once_is_one_job(clinic: Hospital) -> None:
+    with clinic.state() as (state, feed_id), ThreadPoolExecutor() as pool:
+        begin = partial(jobs.begin, state, feed_id, "replay", "--all", by="me", now=clinic.clock.now())
+        begun = [one.result() for one in [pool.submit(begin) for _ in range(8)]]
+
+    assert len({one.id for one in begun}) == 1
 
 
 def test_worker_that_comes_to_nothing_is_not_waited_for_longer_than_patience(clinic: Hospital) -> None:

@@ -3,8 +3,10 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from alembic import autogenerate
 from alembic.runtime.migration import MigrationContext
 
 from dicomcast import errors
-from dicomcast.state import operators, schema, store, tables
+from dicomcast.state import jobs, operators, schema, store, tables, waiting
 
 FEED = "http://dicom.test"
 START = store.Position(0, 0, 0, None)
@@ -616,6 +618,79 @@ def test_row_that_counts_is_resolved_where_fewer_fail(state: store.Store, lease:
     commit(state, lease, failures=alike(2), reconciled={"1.2.3": ("mapped", 99)})
 
     assert rows(state, lease, "status", "instances", statuses=[]) == [("resolved", 20), ("open", 1), ("open", 1)]
+
+
+def test_row_that_counts_grows_by_what_a_fold_meets_and_is_exact_after_a_reconcile(
+    state: store.Store, lease: store.Lease
+) -> None:
+    first, more = alike(30), [replace(one, sequence=one.sequence + 30) for one in alike(25)]
+    commit(state, lease, failures=first)
+    commit(state, lease, failures=more)
+    commit(state, lease, failures=more)  # read again after a crash
+    folded = rows(state, lease, "instances")
+    commit(state, lease, failures=alike(52), reconciled={"1.2.3": ("mapped", 99)})
+
+    assert (folded, rows(state, lease, "instances")) == ([(55,)], [(52,)])
+
+
+def test_what_was_dismissed_as_a_whole_stays_so_one_by_one(
+    state: store.Store, lease: store.Lease, clock: virtual.Clock
+) -> None:
+    commit(state, lease, failures=alike(20))
+    operators.dismiss(state, lease.feed_id, kind="invalid-value", reason="phantoms", who="me", now=clock.now())
+
+    opened = commit(state, lease, failures=alike(19), reconciled={"1.2.3": ("mapped", 99)})
+
+    assert (opened, rows(state, lease, "id")) == (0, [])
+    assert rows(state, lease, "note", statuses=["dismissed"]) == [("phantoms",)] * 19
+
+
+def test_what_was_dismissed_one_by_one_stays_beside_the_row_that_counts(
+    state: store.Store, lease: store.Lease, clock: virtual.Clock
+) -> None:
+    commit(state, lease, failures=alike(19))
+    operators.dismiss(state, lease.feed_id, kind="invalid-value", reason="phantoms", who="me", now=clock.now())
+
+    commit(state, lease, failures=alike(20), reconciled={"1.2.3": ("mapped", 99)})
+    met = rows(state, lease, "instances"), rows(state, lease, "note", statuses=["dismissed"])
+    commit(state, lease, reconciled={"1.2.3": ("mapped", 99)})
+
+    assert met == ([(20,)], [("phantoms",)] * 19)
+    assert rows(state, lease, "id", statuses=["open", "dismissed"]) == []
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_what_an_operator_dismisses_during_a_commit_is_dismissed(
+    state: store.Store, lease: store.Lease, engine: sa.Engine
+) -> None:
+    commit(state, lease, failures=[a_failure()])
+    with engine.begin() as connection, ThreadPoolExecutor() as pool:
+        values = {"status": "dismissed", "resolution": "dismissed", "note": "phantom"}
+        connection.execute(sa.update(tables.failure).values(values))
+        meanwhile = pool.submit(commit, state, lease, failures=[a_failure()])
+        with pytest.raises(TimeoutError):
+            meanwhile.result(timeout=0.5)
+        connection.commit()
+
+    assert (meanwhile.result(), rows(state, lease, "status", "note", statuses=[])) == (0, [("dismissed", "phantom")])
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_job_that_is_cancelled_during_a_commit_of_its_work_locks_nobody_out(
+    state: store.Store, lease: store.Lease, clock: virtual.Clock
+) -> None:
+    raised: list[BaseException | None] = []
+    for number in range(6):
+        job = jobs.begin(state, lease.feed_id, "backfill", f"{number}", by="me", now=clock.now())
+        jobs.add(state, job, [f"1.2.{at}" for at in range(1500)])
+        work = waiting.due(state, lease, now=clock.now(), passing_over=(), only=job.id, limit=1500)
+        worked = {one.id: (one.study_instance_uid, "unchanged") for one in reversed(work)}
+        raised += together(
+            partial(commit, state, lease, worked=worked),
+            partial(jobs.cancel, state, lease.feed_id, job.id, by="me", now=clock.now()),
+        )
+
+    assert raised == [None] * 12
 
 
 def test_dismissed_failure_stays_so_while_it_fails_for_the_same_reason(

@@ -1,14 +1,16 @@
 """Verify: what DICOM, FHIR and the database say of each study, and `--repair` where they differ. And backfill."""
 
-from datetime import date
+import asyncio
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from hospital import Hospital, a_study, database, uid
+import stack
+from hospital import Hospital, a_study, counts, database, rows, uid
 
-from dicomcast import errors, operations
+from dicomcast import app, errors, operations
 from dicomcast.dicom import service
 from dicomcast.state import jobs, tables
 from dicomcast.sync.rehearsal import differing
@@ -39,7 +41,7 @@ def test_what_agrees_is_no_difference_and_costs_no_write(clinic: Hospital) -> No
 
     found = clinic.verify(repair=True)
 
-    assert (found.document, found.amiss) == ({"checked": 3, "differences": [], "repaired": 0}, False)
+    assert (found.document, found.amiss) == ({"checked": 3, "differences": [], "repaired": 0, "pending": 0}, False)
     assert clinic.versions() == versions
 
 
@@ -93,6 +95,132 @@ def test_duplicates_are_found_and_not_mended(hospital: Hospital) -> None:
     assert (differences(found), found.document["repaired"], found.amiss) == ({study: "duplicates"}, 0, True)
 
 
+def test_duplicates_are_found_though_the_database_knows_the_study(clinic: Hospital) -> None:
+    (study, right) = synced(clinic, 2)
+    shown = clinic.study(study)
+    clinic.post({name: value for name, value in shown.items() if name not in ("id", "meta")})
+
+    assert differences(clinic.verify()) == {study: "duplicates"}
+    assert differences(clinic.verify(studies=[right])) == {}
+
+
+def test_study_that_is_kept_as_cancelled_is_no_difference(clinic: Hospital) -> None:
+    kept, gone = synced(clinic, 2)
+    clinic.put({**clinic.study(kept), "note": [{"text": "a second opinion was asked for"}]})
+    clinic.modality.delete(kept)
+    clinic.modality.delete(gone)
+
+    first, versions = clinic.verify(repair=True), clinic.versions()
+    again, replayed = clinic.verify(repair=True), clinic.replay(studies=(kept,))
+
+    assert (differences(first), first.amiss) == ({kept: "extra", gone: "extra"}, False)
+    assert (again.document["differences"], counts(replayed)) == ([], {"replayed": 1, "unchanged": 1})
+    assert (clinic.study(kept)["status"], clinic.versions()) == ("cancelled", versions)
+
+
+def test_study_that_is_nowhere_but_in_the_database_is_a_difference(clinic: Hospital) -> None:
+    (study,) = synced(clinic, 1)
+    clinic.http.delete(f"{clinic.fhir_url}/ImagingStudy/{clinic.study(study)['id']}")
+    with clinic.untold():
+        clinic.modality.delete(study)
+
+    found, mended = clinic.verify(), clinic.verify(repair=True)
+
+    assert differences(found) == {study: "unrecorded"}
+    assert (mended.amiss, clinic.status(study)["outcome"]) == (False, "deleted")
+
+
+def test_what_fhir_does_not_list_is_said(clinic: Hospital) -> None:
+    synced(clinic, 1)
+    clinic.fault("fhir", method="GET", path=r"ImagingStudy\?endpoint=[^&]*&_elements=identifier&_count=200", status=400)
+
+    found = clinic.verify()
+
+    assert (found.document["differences"], found.amiss) == ([{"study_instance_uid": None, "kind": "unlisted"}], True)
+
+
+def test_verdicts_of_long_ago_are_not_believed(clinic: Hospital) -> None:
+    first, second = synced(clinic, 2)
+    with clinic.state() as (state, feed_id):
+        job = jobs.begin(state, feed_id, "verify", "--all", by="me", now=clinic.clock.now())
+        jobs.add(state, job, [first, second], to_compare=True)
+        jobs.listed(state, job, now=clinic.clock.now())
+        work = jobs.to_compare(state, job, limit=1)
+        jobs.compared(state, [(work[0].id, "same", None)], now=clinic.clock.now())
+    clinic.clock.skip(3 * 86_400)
+    clinic.http.delete(f"{clinic.fhir_url}/ImagingStudy/{clinic.study(first)['id']}")
+    new = a_study()
+    imported(clinic, new)
+
+    assert differences(clinic.verify()) == {first: "missing", uid(new[0]): "missing"}
+
+
+def test_what_a_repair_does_not_mend_is_not_called_repaired(clinic: Hospital) -> None:
+    (study,) = synced(clinic, 1)
+    with database(clinic) as connection:
+        connection.execute(sa.delete(tables.patient))
+    clinic.send(*a_study())  # the feed goes on: who knows which of the names is the newer one
+    with clinic.untold():
+        clinic.modality.correct([study], {"PatientName": "Other^Name"})
+
+    behind = clinic.verify(studies=[study], repair=True)
+    clinic.sync()
+    at_head = clinic.verify(studies=[study], repair=True)
+
+    assert [one["repaired"] for one in behind.document["differences"]] == [False]
+    assert ([one["repaired"] for one in at_head.document["differences"]], at_head.amiss) == ([True], False)
+    assert clinic.verify(studies=[study]).document["differences"] == []
+
+
+def test_what_the_worker_has_yet_to_come_to_is_no_difference(clinic: Hospital) -> None:
+    (study,) = synced(clinic, 1)
+    clinic.put({**clinic.study(study), "numberOfInstances": 7})
+    new = a_study()
+    clinic.send(*new)
+    with clinic.state() as (state, _):
+        state.acquire(clinic.options().feed_name, url=clinic.dicom_url, owner="another", seconds=10**6)
+
+        found = clinic.verify(studies=[study, uid(new[0])])
+
+    assert (differences(found), found.document["pending"]) == ({study: "counts"}, 1)
+
+
+def test_what_a_rehearsal_pretended_is_not_there_for_the_next(hospital: Hospital) -> None:
+    synced(hospital, 1)
+    new = a_study()
+    hospital.send(*new)
+
+    async def verb(desk: operations.Desk) -> operations.Report:
+        first = await desk.rehearsal.of(uid(new[0]))
+        await asyncio.to_thread(hospital.sync)
+        second = await desk.rehearsal.of(uid(new[0]))
+        return operations.Report({"first": len(first.writes), "second": len(second.writes)})
+
+    assert hospital.at_desk(verb).document == {"first": 2, "second": 0}
+
+
+def test_rehearsal_that_was_interrupted_names_each_write_once(clinic: Hospital) -> None:
+    (study,) = synced(clinic, 1)
+    clinic.modality.delete(study)
+    clinic.fault("dicom", path="/studies\\?", status=503, skip=1, times=1)  # the look after the delete
+
+    told = clinic.replay(studies=(study,), dry_run=True)
+
+    assert [one["action"] for one in told.document["studies"][0]["changes"]] == ["delete"]
+
+
+@stack.long
+def test_repair_that_takes_few_of_many_out_asks_for_no_leave(clinic: Hospital) -> None:
+    studies = synced(clinic, 450)
+    with clinic.untold():
+        for study in studies[:22]:
+            clinic.modality.delete(study)
+
+    mended = clinic.verify(repair=True)
+
+    assert (mended.document["repaired"], mended.amiss) == (22, False)
+
+
 def test_instance_that_cannot_be_mapped_is_a_difference_until_it_is_dismissed(hospital: Hospital) -> None:
     study = a_study(instances=2)
     study[1].PatientID = ""
@@ -129,7 +257,7 @@ def test_one_study_or_what_changed_since_is_all_that_is_looked_at(clinic: Hospit
     (later,) = synced(clinic, 1)
 
     assert differences(clinic.verify(studies=[first])) == {first: "counts"}
-    assert clinic.verify(studies=["1.2.3.4"]).document == {"checked": 1, "differences": [], "repaired": 0}
+    assert clinic.verify(studies=["1.2.3.4"]).document == {"checked": 1, "differences": [], "repaired": 0, "pending": 0}
     since = clinic.verify(since=f"{clinic.clock.now():%Y-%m-%d}")
     assert (since.document["checked"], differences(since)) == (1, {})
     assert later not in (first, second)
@@ -164,7 +292,7 @@ def test_difference_that_was_mended_since_an_earlier_call_is_none(clinic: Hospit
         jobs.compared(state, [(work[0].id, "counts", '{"kind": "counts"}')], now=clinic.clock.now())
     clinic.replay(studies=(first,))
 
-    assert clinic.verify().document == {"checked": 2, "differences": [], "repaired": 0}
+    assert clinic.verify().document == {"checked": 2, "differences": [], "repaired": 0, "pending": 0}
 
 
 def test_listing_goes_on_where_it_stopped(clinic: Hospital) -> None:
@@ -177,7 +305,7 @@ def test_listing_goes_on_where_it_stopped(clinic: Hospital) -> None:
     with clinic.state() as (state, feed_id):
         (job,) = jobs.unfinished(state, feed_id)
 
-    assert (job["cursor"], job["left"], job["listed_at"]) == ("dicom 0", 2, None)
+    assert (job["cursor"], job["left"], job["listed_at"]) == ("dicom", 2, None)
     assert clinic.verify().document["checked"] == 2
 
 
@@ -207,6 +335,59 @@ def test_names_of_elements_and_no_more() -> None:
 
 def of_day(day: str) -> list[Any]:
     return a_study(StudyDate=day.replace("-", ""))
+
+
+def test_no_study_is_missed_where_others_are_deleted_meanwhile(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_SEARCHED", 20)
+    studies = [a_study() for _ in range(100)]
+    hospital.send(*(study[0] for study in studies))
+
+    async def listed() -> list[str]:
+        found: list[str] = []
+        async with app.services(hospital.options(), clock=hospital.clock) as (dicom, _):
+            async for page in dicom.studies():
+                found += page
+                if len(found) == 60:
+                    for study in found[:45]:
+                        hospital.modality.delete(study)
+        return found
+
+    found = asyncio.run(listed())
+
+    assert {*found} == {uid(study[0]) for study in studies}
+
+
+def test_backfill_that_begins_the_feed_cannot_be_given_up(clinic: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "_LATE", 2)
+    studies = [a_study() for _ in range(5)]
+    clinic.send(*(study[0] for study in studies))
+    clinic.fault("fhir", path="fhir$", status=503)
+    clinic.patience = 5
+    with pytest.raises(errors.Unavailable):
+        clinic.backfill()
+    clinic.heal()
+    with clinic.state() as (state, feed_id):
+        (job,) = jobs.unfinished(state, feed_id)
+        with pytest.raises(errors.NeedsPerson, match="state set --watermark 0"):
+            jobs.cancel(state, feed_id, job["id"], by="me", now=clinic.clock.now())
+
+    assert clinic.watermark() == 3
+    clinic.sync()
+    assert len(clinic.search("ImagingStudy")) == 5
+
+
+def test_month_and_first_sequence_are_what_the_feed_told(clinic: Hospital) -> None:
+    study = a_study()
+    clinic.send(*study)
+    clinic.replay(studies=(uid(study[0]),))
+    named = rows(clinic)["study"][0]
+    clinic.sync()
+    told = rows(clinic)["study"][0]
+
+    assert (named.month, named.first_sequence) == (None, 0)
+    assert (told.month, told.first_sequence) == (f"{datetime.now(UTC):%Y-%m}", 1)
 
 
 def test_days_and_files_choose_studies(clinic: Hospital, tmp_path: Path) -> None:

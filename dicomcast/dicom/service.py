@@ -137,25 +137,29 @@ class DicomService:
         """Whether QIDO-RS finds the study: the second witness of a study that is gone."""
         return bool(await self._found("studies", {"StudyInstanceUID": study_uid, "limit": 1}))
 
-    async def studies(self, *, offset: int = 0, dates: tuple[date, date] | None = None) -> AsyncIterator[list[str]]:
+    async def studies(self, *, dates: tuple[date, date] | None = None) -> AsyncIterator[list[str]]:
         """Study Instance UIDs that QIDO-RS finds, page by page, newest first; with `dates` of these days only.
 
-        Pages overlap a little: a study that is deleted meanwhile moves those behind it forward.
+        Pages overlap: studies that are deleted meanwhile move those behind them forward. From a page that shares
+        nothing with the one before the search goes back until it does: none is missed, and some come twice.
         """
         days = {"StudyDate": f"{dates[0]:%Y%m%d}-{dates[1]:%Y%m%d}"} if dates else {}
         before: list[str] = []
-        same = 0
+        offset = same = 0
         while True:
             found = await self._found("studies", {**days, "limit": _SEARCHED, "offset": offset})
             page = [uid for uid in (values.uid_in(one, "0020000D") for one in found) if uid]
-            if not page:
-                return
             # What arrives meanwhile moves the rest back: now and then a page comes twice.
             same = same + 1 if page == before else 0
-            if same == _SAME_PAGE:
-                raise errors.Unavailable("dicom", "a search answers every offset with the same page")
+            if same == _SAME_PAGE or len(page) < len(found):
+                raise errors.Unavailable("dicom", "a search for studies ignores the offset, or names no UIDs")
             yield page
-            before, offset = page, offset + len(found) - len(found) // 10
+            if offset and set(page).isdisjoint(before):
+                offset = max(0, offset - _SEARCHED // 2)
+                continue
+            if len(page) < 2 or (page[-1:] == before[-1:] and len(page) < len(before)):
+                return
+            before, offset = page, offset + len(page) - max(1, len(page) // 10)
 
     async def study_of(self, series_uid: str) -> str | None:
         """The study that a series belongs to, by QIDO-RS."""

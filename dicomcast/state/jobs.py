@@ -1,4 +1,4 @@
-"""Work for whoever holds the lease: what operators have asked for, and studies that must be looked at once more.
+"""Jobs: what operators have asked for.
 
 A job is one call of `replay`, `verify` or `backfill`; its work is one row for each study. Rows are written in small
 transactions, so that a worker's commits find their turn between them, and whatever ends the call leaves a job that the
@@ -6,7 +6,7 @@ same call takes up again.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -16,13 +16,12 @@ import sqlalchemy as sa
 
 from dicomcast import errors
 from dicomcast.state import tables
-from dicomcast.state.store import ATTENTION, Lease, Store
+from dicomcast.state.store import ATTENTION, Store, plain
+from dicomcast.state.waiting import Work
 
-_URGENCY = ("replay", "verify", "backfill")
-"""Whose work comes first."""
 TOGETHER = 2000
 """Rows of one transaction at most: others wait no longer than it takes."""
-_CANCELLED = "cancelled"
+CANCELLED = "cancelled"
 _PASSED_OVER = ("partition",)
 """Kinds of failures that no look at the study can settle."""
 
@@ -36,22 +35,10 @@ class Job:
     verb: str
     scope: str
     requested_at: datetime
-    listed: bool
+    listed_at: datetime | None
     cursor: str | None
     handover: int | None
     held: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One study to be reconciled, and the limits of the job that asks for it."""
-
-    id: int
-    study_instance_uid: str
-    reason: str
-    job_id: int | None = None
-    per_second: float | None = None
-    allow_deletes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +70,13 @@ def begin(
     per_second: float | None = None,
     allow_deletes: int | None = None,
 ) -> Job:
-    """The unfinished job of this verb and scope, whose limits are now these, or a new one."""
-    table, work = tables.job, tables.work
+    """The unfinished job of this verb and scope, whose limits are now these, or a new one; the audit says who asked."""
+    table, work, feed = tables.job, tables.work, tables.feed
     limits = {"per_second": per_second, "allow_deletes": allow_deletes, "held": None}
+    detail = scope + (f" allow-deletes={allow_deletes}" if allow_deletes is not None else "")
     with state.transaction(alone=True) as connection:
+        connection.execute(sa.select(feed.c.id).where(feed.c.id == feed_id).with_for_update())  # two at once are one
+        note(connection, feed_id, who=by, action=verb, detail=detail, now=now)
         asked = sa.select(work.c.id).where(work.c.job_id == table.c.id, work.c.state.in_(("listed", "waiting")))
         unfinished = sa.or_(table.c.listed_at.is_(None), asked.exists())
         same = (table.c.feed_id == feed_id, table.c.verb == verb, table.c.scope == scope)
@@ -96,8 +86,6 @@ def begin(
             return _job(connection, known.id)
         new = {"feed_id": feed_id, "verb": verb, "scope": scope, "requested_by": by, "requested_at": now, **limits}
         inserted = connection.execute(sa.insert(table).values(new))
-        detail = scope + (f" allow-deletes={allow_deletes}" if allow_deletes is not None else "")
-        note(connection, feed_id, who=by, action=verb, detail=detail, now=now)
         return _job(connection, (inserted.inserted_primary_key or (0,))[0])
 
 
@@ -123,8 +111,7 @@ def add(
         for study_uid in studies
     ]
     with state.transaction(alone=True) as connection:
-        if _job(connection, job.id).held == _CANCELLED:
-            raise errors.NeedsPerson(f"job {job.id} was cancelled")
+        _refuse_cancelled(connection, job)
         if rows:
             unique = [work.c.job_id, work.c.study_instance_uid]
             connection.execute(state.insert(work).on_conflict_do_nothing(index_elements=unique), rows)
@@ -132,9 +119,13 @@ def add(
 
 
 def listed(state: Store, job: Job, *, now: datetime, whole: bool = False) -> None:
-    """All studies of the job are there. With the `whole` archive in it, a feed not yet begun begins at the handover."""
+    """All studies of the job are there. With the `whole` archive in it, a feed not yet begun begins at the handover.
+
+    Raises `NeedsPerson` if cancelled.
+    """
     table, feed = tables.job, tables.feed
     with state.transaction(alone=True) as connection:
+        _refuse_cancelled(connection, job)
         connection.execute(sa.update(table).where(table.c.id == job.id).values(listed_at=now, cursor=None))
         if whole:
             handover = connection.execute(sa.select(table.c.handover).where(table.c.id == job.id)).scalar_one()
@@ -160,14 +151,6 @@ def progress(state: Store, job: Job) -> Progress:
         return Progress(states, _job(connection, job.id).held)
 
 
-def results(state: Store, job_id: int) -> Counter[str]:
-    """How many studies of a job came to which result."""
-    work = tables.work
-    query = sa.select(work.c.result, sa.func.count()).where(work.c.job_id == job_id, work.c.state == "done")
-    with state.transaction() as connection:
-        return Counter({row[0]: row[1] for row in connection.execute(query.group_by(work.c.result))})
-
-
 def sign_of_life(state: Store, feed_id: int) -> tuple[Any, ...]:
     """What moves while a worker is alive and nothing keeps it from its work."""
     feed = tables.feed.c
@@ -178,16 +161,27 @@ def sign_of_life(state: Store, feed_id: int) -> tuple[Any, ...]:
 
 
 def cancel(state: Store, feed_id: int, job_id: int, *, by: str, now: datetime) -> int | None:
-    """Give up what a job still waits for; how many studies that were, or None where no such job goes on."""
-    work, table = tables.work, tables.job
-    if job_id not in {one["id"] for one in unfinished(state, feed_id)}:
+    """Give up what a job still waits for; how many studies that were, or None where no such job goes on.
+
+    Raises `NeedsPerson` where the feed was begun with it: what the job has not brought in yet, nobody would.
+    """
+    work, table, feed = tables.work, tables.job, tables.feed
+    job = next((one for one in unfinished(state, feed_id) if one["id"] == job_id), None)
+    if job is None:
         return None
     with state.transaction(alone=True) as connection:
-        values = {"held": _CANCELLED, "listed_at": sa.func.coalesce(table.c.listed_at, now)}
+        begun = sa.select(feed.c.id).where(feed.c.id == feed_id, feed.c.first == job["handover"], feed.c.first > 0)
+        if job["verb"] == "backfill" and job["listed_at"] is not None and connection.execute(begun).first():
+            raise errors.NeedsPerson(
+                f"the feed begins at {job['handover']}, since job {job_id} brings in what was there before; to give "
+                "it up all the same, have the feed read from its beginning first: `dicomcast state set --watermark 0`"
+            )
+        values = {"held": CANCELLED, "listed_at": sa.func.coalesce(table.c.listed_at, now)}
         connection.execute(sa.update(table).where(table.c.id == job_id).values(values))
         note(connection, feed_id, who=by, action="cancel", detail=f"job {job_id}", now=now)
     open_ = (work.c.job_id == job_id, work.c.state.in_(("listed", "waiting")))
-    some = sa.select(work.c.id).where(*open_).limit(TOGETHER).scalar_subquery()
+    # In the order in which a worker commits them: each waits for the other, and neither for ever.
+    some = sa.select(work.c.id).where(*open_).order_by(work.c.id).limit(TOGETHER).with_for_update().scalar_subquery()
     given_up = 0
     while True:
         with state.transaction(alone=True) as connection:
@@ -215,7 +209,7 @@ def unfinished(state: Store, feed_id: int) -> list[dict[str, Any]]:
         .order_by(table.c.id)
     )
     with state.transaction() as connection:
-        return [{str(name): value for name, value in row._mapping.items()} for row in connection.execute(query)]
+        return [plain(row) for row in connection.execute(query)]
 
 
 # Which studies --------------------------------------------------------------------------------------------------------
@@ -307,6 +301,30 @@ def different(state: Store, job: Job) -> Iterator[Any]:
         after = rows[-1].id
 
 
+def pending(state: Store, work_ids: Iterable[int]) -> None:
+    """Work that seemed to differ, and of which the worker is about to hear: no difference."""
+    work, ids = tables.work, iter(work_ids)
+    while some := list(islice(ids, 500)):
+        with state.transaction(alone=True) as connection:
+            values = {"result": "pending", "detail": None}
+            connection.execute(sa.update(work).where(work.c.id.in_(some)).values(values))
+
+
+def compare_again(state: Store, job: Job, *, before: datetime) -> None:
+    """Have what was compared before then compared once more."""
+    work = tables.work
+    old = (work.c.job_id == job.id, work.c.state == "done", work.c.finished_at < before)
+    with state.transaction(alone=True) as connection:
+        connection.execute(sa.update(work).where(*old).values(state="listed", detail=None, finished_at=None))
+
+
+def allow(state: Store, job: Job, deletes: int) -> None:
+    """Let a job take so many studies out of FHIR."""
+    table = tables.job
+    with state.transaction(alone=True) as connection:
+        connection.execute(sa.update(table).where(table.c.id == job.id).values(allow_deletes=deletes))
+
+
 def put_back(state: Store, job: Job, *, as_: str) -> None:
     """Work that was found to differ: `listed` to be compared once more, `waiting` to be reconciled."""
     work, rows = tables.work, different(state, job)
@@ -316,40 +334,13 @@ def put_back(state: Store, job: Job, *, as_: str) -> None:
             connection.execute(sa.update(work).where(chosen).values(state=as_, finished_at=None))
 
 
-# For the worker -------------------------------------------------------------------------------------------------------
-
-
-def due(
-    state: Store, lease: Lease, *, now: datetime, passing_over: Collection[int], only: int | None, limit: int
-) -> list[Work]:
-    """Work whose time has come, the most urgent first; `passing_over`: jobs that have had enough for now."""
-    work, job = tables.work, tables.job
-    waiting = sa.and_(work.c.feed_id == lease.feed_id, work.c.state == "waiting")
-    columns = (work.c.id, work.c.study_instance_uid, work.c.reason)
-    waits = sa.select(work.c.id).where(work.c.job_id == job.c.id, work.c.state == "waiting").exists()
-    running = sa.select(job).where(job.c.feed_id == lease.feed_id, job.c.held.is_(None), waits)
-    found: list[Work] = []
-    with state.transaction() as connection:
-        if only is None:
-            own = sa.select(*columns).where(waiting, work.c.job_id.is_(None), work.c.due_at <= now).limit(limit)
-            found += [Work(*row) for row in connection.execute(own)]
-        rows = [row for row in connection.execute(running) if row.id not in passing_over and only in (None, row.id)]
-        # One job after the other: what others have in store need not be looked through.
-        for row in sorted(rows, key=lambda row: (_URGENCY.index(row.verb), row.id)):
-            of_job = sa.select(*columns).where(work.c.job_id == row.id, work.c.state == "waiting")
-            some = connection.execute(of_job.order_by(work.c.id).limit(limit - len(found)))
-            found += [Work(*one, row.id, row.per_second, row.allow_deletes) for one in some]
-    return found
-
-
-def hold(state: Store, job_id: int, reason: str) -> None:
-    """Stop a job until an operator says more; one that was cancelled stays so."""
-    table = tables.job
-    with state.transaction(alone=True) as connection:
-        connection.execute(sa.update(table).where(table.c.id == job_id, table.c.held.is_(None)).values(held=reason))
+def _refuse_cancelled(connection: sa.Connection, job: Job) -> None:
+    if _job(connection, job.id).held == CANCELLED:
+        raise errors.NeedsPerson(f"job {job.id} was cancelled")
 
 
 def _job(connection: sa.Connection, job_id: int) -> Job:
     row = connection.execute(sa.select(tables.job).where(tables.job.c.id == job_id)).one()
-    listed = row.listed_at is not None
-    return Job(row.id, row.feed_id, row.verb, row.scope, row.requested_at, listed, row.cursor, row.handover, row.held)
+    return Job(
+        row.id, row.feed_id, row.verb, row.scope, row.requested_at, row.listed_at, row.cursor, row.handover, row.held
+    )

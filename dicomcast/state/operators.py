@@ -1,6 +1,6 @@
 """What operators do to the state itself: dismiss failures, set and move positions, prune. The audit keeps who and what.
 
-A position is set under the feed's lease: never beside a worker.
+A position is set under the feed's lease: never beside a worker. Only a backfill of all begins a feed without one.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ from sqlalchemy.sql import ColumnElement
 from dicomcast import errors
 from dicomcast.state import tables
 from dicomcast.state.jobs import note
-from dicomcast.state.store import ATTENTION, Lease, Row, Store
+from dicomcast.state.store import ATTENTION, Lease, Row, Store, plain
 
 _TOGETHER = 5000
 """Rows that are pruned in one transaction."""
 
+
+_OF_ENTRIES = tuple(name for name, kind in errors.KINDS.items() if kind.about == "change feed entry")
 
 _Text = Annotated[str, pydantic.Field(max_length=64)]
 
@@ -123,13 +125,14 @@ def audited(state: Store, feed_id: int, *, limit: int) -> list[Row]:
     query = sa.select(table.c.at, table.c.who, table.c.action, table.c.detail).where(table.c.feed_id == feed_id)
     with state.transaction() as connection:
         rows = connection.execute(query.order_by(table.c.id.desc()).limit(limit))
-        return [{str(name): value for name, value in row._mapping.items()} for row in rows]
+        return [plain(row) for row in rows]
 
 
 def prune(state: Store, feed_id: int, *, before: datetime, who: str, now: datetime) -> dict[str, int]:
     """Remove what was over before a moment, a little at a time; rows by table.
 
-    Flushes (their sums by the hour stay), resolved failures, finished work with its jobs, and rows of deleted studies.
+    Flushes (their sums by the hour stay), resolved failures, dismissed ones of entries that come no more, finished work
+    with its jobs, and rows of deleted studies.
     """
     flush, failure, work, job, study = tables.flush, tables.failure, tables.work, tables.job, tables.study
     left = sa.select(work.c.id).where(work.c.job_id == job.c.id).exists()
@@ -142,7 +145,10 @@ def prune(state: Store, feed_id: int, *, before: datetime, who: str, now: dateti
     )
     over: dict[sa.Table, list[Any]] = {
         flush: [flush.c.at < before],
-        failure: [failure.c.status == "resolved", failure.c.last_seen < before],
+        failure: [
+            sa.or_(failure.c.status == "resolved", failure.c.kind.in_(_OF_ENTRIES) & (failure.c.status == "dismissed")),
+            failure.c.last_seen < before,
+        ],
         work: [work.c.state.in_(("done", "cancelled")), work.c.finished_at < before, ~going_on],
         job: [job.c.requested_at < before, job.c.listed_at.is_not(None), ~left],
         study: [study.c.outcome == "deleted", study.c.synced_at < before],

@@ -1,16 +1,17 @@
 """The state database: what the worker reads at start and commits as it goes, and what the reports ask.
 
 Synchronous; the worker calls it through `asyncio.to_thread`. A database that can't be used raises
-`Unavailable("database", …)`. Whatever a worker writes carries its fencing token: a worker whose lease went to
+`Unavailable("database", …)`. What a worker commits carries its fencing token: a worker whose lease went to
 somebody else gets `LeaseLost` and has changed nothing.
 """
 
 import contextlib
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -307,7 +308,7 @@ class Store:
     def read_position(self, connection: sa.Connection, row: Any) -> Position | None:
         """What a feed's row says. Only one that says nothing, and of which no study was synced, was never begun."""
         study = tables.study.c
-        if row.first is None and row.watermark is None:
+        if row.first is None and row.watermark is None and row.mark_sop_uid is None and row.latest == 0:
             read = sa.select(study.feed_id).where(study.feed_id == row.id, study.last_sequence > 0).limit(1)
             if connection.execute(read).first() is None:
                 return None
@@ -431,9 +432,16 @@ class Store:
             values = asdict(failure) | {"last_seen": now, "resolution": None, "note": None}
             heals = values.pop("heals")
             open_before = known is not None and known.status in ATTENTION
-            if known and known.status == "dismissed" and (known.rule, known.tag) == (failure.rule, failure.tag):
-                values |= {"status": "dismissed", "attempts": known.attempts + 1, "next_retry": None}
-                values |= {"resolution": known.resolution, "note": known.note}
+            judged = known or self._dismissed_with_others(connection, feed_id, failure)
+            if known is not None:
+                values["sequence"] = failure.sequence or known.sequence
+                if failure.instances > 1 and open_before and failure.study_instance_uid not in effects.reconciled:
+                    # A fold has met these alone; a reconcile meets all.
+                    more = (failure.sequence or 0) > (known.sequence or 0)
+                    values["instances"] = max(known.instances, failure.instances + more * known.instances)
+            if judged and judged.status == "dismissed" and (judged.rule, judged.tag) == (failure.rule, failure.tag):
+                values |= {"status": "dismissed", "attempts": judged.attempts + 1, "next_retry": None}
+                values |= {"resolution": judged.resolution, "note": judged.note}
                 dismissed += 1
             else:
                 # Another change of the study is no retry: only an attempt whose time had come stretches the pause.
@@ -449,27 +457,52 @@ class Store:
             else:
                 inserted = connection.execute(sa.insert(table).values(feed_id=feed_id, first_seen=now, **values))
                 kept.add((inserted.inserted_primary_key or (0,))[0])
+        self._resolve(connection, feed_id, effects.reconciled, now, kept=kept, counted=failures)
+        return Committed(opened, failed=len(failures) - dismissed)
+
+    def _resolve(
+        self,
+        connection: sa.Connection,
+        feed_id: int,
+        reconciled: dict[str, tuple[str, int]],
+        now: datetime,
+        *,
+        kept: set[int],
+        counted: Sequence[Failure],
+    ) -> None:
+        """What a reconcile has not met again is over; what it has `counted` in one row instead needs none of its own.
+
+        What was dismissed by itself stays so beside the row that counts it.
+        """
+        table = tables.failure
         many = {
-            (one.study_instance_uid, one.kind, one.stage, one.rule, one.tag) for one in failures if one.instances > 1
+            (one.study_instance_uid, one.kind, one.stage, one.rule, one.tag) for one in counted if one.instances > 1
         }
-        for study_uid, (resolution, cut) in effects.reconciled.items():
-            of_study = sa.select(table.c.id, table.c.kind, table.c.stage, table.c.rule, table.c.tag).where(
+        columns = (table.c.id, table.c.status, table.c.kind, table.c.stage, table.c.rule, table.c.tag)
+        for study_uid, (resolution, cut) in reconciled.items():
+            of_study = sa.select(*columns).where(
                 table.c.feed_id == feed_id,
                 table.c.study_instance_uid == study_uid,
                 table.c.status != "resolved",
                 table.c.kind != "partition",
                 sa.or_(table.c.sequence.is_(None), table.c.sequence <= cut),
             )
-            over = [row for row in connection.execute(of_study) if row.id not in kept]
-            counted = {row.id for row in over if (study_uid, row.kind, row.stage, row.rule, row.tag) in many}
+            over, gone = set(), set()
+            for row in connection.execute(of_study):
+                if row.id in kept:
+                    continue
+                if (study_uid, row.kind, row.stage, row.rule, row.tag) not in many:
+                    over.add(row.id)
+                elif row.status != "dismissed":
+                    gone.add(row.id)
             resolved = {"status": "resolved", "resolution": resolution, "last_seen": now, "next_retry": None}
-            for some in _chunks(sorted(counted), 500):
+            for some in _chunks(sorted(gone), 500):
                 connection.execute(sa.delete(table).where(table.c.id.in_(some)))
-            for some in _chunks(sorted({row.id for row in over} - counted), 500):
+            for some in _chunks(sorted(over), 500):
                 connection.execute(sa.update(table).where(table.c.id.in_(some)).values(resolved))
-        return Committed(opened, failed=len(failures) - dismissed)
 
     def _known_failure(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
+        """The row of this failure, which no operator changes until it is committed."""
         table = tables.failure
         alike = [
             table.c.feed_id == feed_id,
@@ -486,7 +519,22 @@ class Store:
             alike.append(table.c.instances > 1)
         elif failure.sop_instance_uid is None:
             alike.append(table.c.instances == 1)
-        return connection.execute(sa.select(table).where(*alike)).first()
+        return connection.execute(sa.select(table).where(*alike).with_for_update()).first()
+
+    def _dismissed_with_others(self, connection: sa.Connection, feed_id: int, failure: Failure) -> Any:
+        """The row by which an operator has dismissed many instances at once, of which this is one."""
+        table = tables.failure
+        if failure.sop_instance_uid is None:
+            return None
+        whole = (
+            table.c.feed_id == feed_id,
+            table.c.kind == failure.kind,
+            table.c.stage == failure.stage,
+            table.c.study_instance_uid == failure.study_instance_uid,
+            table.c.instances > 1,
+            table.c.status == "dismissed",
+        )
+        return connection.execute(sa.select(table).where(*whole).with_for_update()).first()
 
     def _commit_issues(self, connection: sa.Connection, feed_id: int, effects: Effects) -> None:
         table = tables.issue
@@ -525,7 +573,7 @@ class Store:
             failing = self._failing(connection, feed_id, sorted({uid for uid, _ in effects.worked.values()}))
             results = [
                 {"which": work_id, "outcome": "failed" if uid in failing else _unless_failed(outcome)}
-                for work_id, (uid, outcome) in effects.worked.items()
+                for work_id, (uid, outcome) in sorted(effects.worked.items())
             ]
             connection.execute(done.values(values), results)
         if effects.again:
@@ -561,7 +609,7 @@ class Store:
         """The feed's row."""
         with self.transaction() as connection:
             row = connection.execute(sa.select(tables.feed).where(tables.feed.c.name == name)).first()
-            return _plain(row) if row else None
+            return plain(row) if row else None
 
     def now(self) -> datetime:
         """The clock that leases are measured by."""
@@ -590,7 +638,7 @@ class Store:
             row = connection.execute(
                 sa.select(table).where(table.c.feed_id == feed_id, table.c.study_instance_uid == study_uid)
             ).first()
-            return _plain(row) if row else None
+            return plain(row) if row else None
 
     def failures(
         self,
@@ -613,7 +661,7 @@ class Store:
         if study_uid:
             chosen.append(table.c.study_instance_uid == study_uid)
         with self.transaction() as connection:
-            return [_plain(row) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))]
+            return [plain(row) for row in connection.execute(sa.select(table).where(*chosen).order_by(table.c.id))]
 
     def issues(self, feed_id: int, *, study_uid: str | None = None) -> list[Row]:
         """Issues by rule, tag, VR and reason, with the number of instances that have them."""
@@ -624,7 +672,7 @@ class Store:
             chosen.append(table.c.study_instance_uid == study_uid)
         query = sa.select(*columns, sa.func.sum(table.c.count).label("instances")).where(*chosen)
         with self.transaction() as connection:
-            return [_plain(row) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
+            return [plain(row) for row in connection.execute(query.group_by(*columns).order_by(*columns))]
 
     # Inside ---------------------------------------------------------------------------------------------------------
 
@@ -649,7 +697,7 @@ class Store:
         """PostgreSQL's clock, which all workers share; SQLite has no other than ours."""
         if self._engine.dialect.name == "postgresql":
             now: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
-            return now
+            return now.astimezone(UTC)
         return self._clock.now()
 
     def fenced(self, connection: sa.Connection, lease: Lease, **values: Any) -> None:
@@ -696,8 +744,12 @@ def _check_file(path: str | None) -> None:
     """A database in memory is another one for every connection, and SQLite makes no folder."""
     if not path or path == ":memory:":
         raise errors.Misconfigured(["database.url: state must outlive the process: name a file, sqlite:///state.db"])
-    if not Path(path).absolute().parent.is_dir():
-        raise errors.Misconfigured([f"database.url: there is no folder {Path(path).absolute().parent}"])
+    file = Path(path).absolute()
+    if not os.path.isdir(file.parent):
+        raise errors.Misconfigured([f"database.url: there is no folder {file.parent} that this user may enter"])
+    for one in (file.parent, *([file] if file.exists() else ())):
+        if not os.access(one, os.R_OK | os.W_OK):  # SQLite keeps its log beside the file
+            raise errors.Misconfigured([f"database.url: {one} can't be read and written by this user"])
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
@@ -716,7 +768,7 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("alone") else "BEGIN")
 
 
-def _plain(row: Any) -> Row:
+def plain(row: Any) -> Row:
     """By column name. SQLAlchemy's names may be a kind of `str` that orjson takes for no key."""
     return {str(name): value for name, value in row._mapping.items()}
 

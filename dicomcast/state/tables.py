@@ -18,6 +18,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    text,
 )
 
 metadata = MetaData()
@@ -90,7 +91,7 @@ study = Table(
     Column("mapping_digest", String(64), nullable=False, comment="of the mapping that it was last written by"),
     Column("synced_at", Instant, nullable=False, comment="when it was last settled"),
     Column("modality", String(64), comment="modalities of its series, sorted, / between"),
-    Column("month", String(7), comment="YYYY-MM in UTC in which its first change was recorded by the feed"),
+    Column("month", String(7), comment="YYYY-MM in UTC in which the feed recorded its first change; absent: none yet"),
     Index("study_by_outcome", "feed_id", "outcome", "month", "modality"),
     Index("study_by_digest", "feed_id", "mapping_digest", "outcome", "synced_at"),
     comment="studies, and what became of each",
@@ -123,7 +124,7 @@ failure = Table(
     Column("rule", String(64), comment="id of the mapping rule"),
     Column("tag", String(64), comment="DICOM tag, 8 characters"),
     Column("message", Text, nullable=False, comment="for people; never holds an attribute's value"),
-    Column("attempts", Integer, nullable=False, comment="how often it was met"),
+    Column("attempts", Integer, nullable=False, comment="tries so far; what is met before its retry is due is none"),
     Column("first_seen", Instant, nullable=False, comment="when it was met first"),
     Column("last_seen", Instant, nullable=False, comment="when it was met last, or was over"),
     Column("next_retry", Instant, comment="when it is tried again; absent: not by itself"),
@@ -160,13 +161,17 @@ job = Table(
     Column("requested_at", Instant, nullable=False, comment="when"),
     Column("listed_at", Instant, comment="when all its studies were in `work`; absent: listing goes on at `cursor`"),
     Column("cursor", Text, comment="how far the listing came"),
-    Column("handover", BigInteger, comment="newest sequence when listing began: what comes later is the feed's own"),
+    Column(
+        "handover", BigInteger, comment="a little below the newest sequence when listing began: the feed goes on there"
+    ),
     Column("per_second", Float, comment="most studies a second; absent: as many as live traffic leaves room for"),
     Column("allow_deletes", Integer, comment="most studies that it may take out of FHIR; absent: 20, or 5 %"),
     Column("held", Text, comment="why it waits for an operator; absent: it does not"),
     Index("job_by_scope", "feed_id", "verb"),
     comment="jobs that people started",
 )
+
+_DIFFERS = text("detail IS NOT NULL")
 
 work = Table(
     "work",
@@ -184,6 +189,7 @@ work = Table(
     Index("work_by_study", "job_id", "study_instance_uid", unique=True),
     Index("work_by_job", "job_id", "state", "id"),
     Index("work_by_state", "feed_id", "state", "job_id"),
+    Index("work_that_differs", "job_id", "id", sqlite_where=_DIFFERS, postgresql_where=_DIFFERS),
     comment="studies that are to be looked at without a change in the feed",
 )
 

@@ -10,8 +10,8 @@ import structlog
 
 from dicomcast import errors
 from dicomcast.clock import Clock
-from dicomcast.state import jobs, store
-from dicomcast.state.jobs import Work
+from dicomcast.state import store, waiting
+from dicomcast.state.waiting import Work
 from dicomcast.sync.changes import StudyChange
 from dicomcast.sync.ledger import Ledger, Outcome, in_thread
 
@@ -19,7 +19,7 @@ log = structlog.get_logger("dicomcast.sync")
 
 _AT_HAND = 200
 _ASK_EVERY = 1.0
-_MAY_DELETE = 20
+MAY_DELETE = 20
 _MAY_DELETE_SHARE = 0.05
 """A job that would take more studies than this out of FHIR, and more than this share of all, waits for an operator."""
 
@@ -77,18 +77,23 @@ class Backlog:
         if self._at_hand or now < self._ask_at:
             return
         known = self._taken | self._ledger.uncommitted_work
+        was_held = {job_id for job_id, job in self._jobs.items() if job.held}
         resting = [job_id for job_id, job in self._jobs.items() if not job.may_start(now)]
-        ask = partial(jobs.due, self._store, self._ledger.lease, now=self._clock.now(), passing_over=resting)
+        ask = partial(waiting.due, self._store, self._ledger.lease, now=self._clock.now(), passing_over=resting)
         found = await in_thread(ask, only=self._job, limit=len(known) + _AT_HAND)
         for work in found:
             if work.job_id is None:
                 continue
             job = self._jobs.get(work.job_id)
-            if job is None or job.held:
-                results = await in_thread(jobs.results, self._store, work.job_id)
+            if job is None:
+                results = await in_thread(waiting.results, self._store, work.job_id)
                 job = self._jobs[work.job_id] = _Running(results.total(), results["deleted"], since=now)
-            job.per_second, job.allow_deletes = work.per_second, work.allow_deletes  # an operator may have said more
-        self._at_hand.extend(work for work in found if work.id not in known)
+                log.info("working on a job", job=work.job_id, verb=work.reason)
+            # An operator may have said more. What was put on hold while we asked stays so.
+            job.held = job.held and work.job_id not in was_held
+            job.per_second, job.allow_deletes = work.per_second, work.allow_deletes
+        held = {job_id for job_id, job in self._jobs.items() if job.held}
+        self._at_hand.extend(work for work in found if work.id not in known and work.job_id not in held)
         self._ask_at = now if self._at_hand else now + _ASK_EVERY
         self.idle = not self._at_hand and not (resting and self._job is not None)
 
@@ -133,7 +138,7 @@ class Backlog:
 
     async def hold(self, held: errors.Held, change: StudyChange) -> None:
         """Leave the rest of a job until an operator says more; what else is pending of its study stays in `change`."""
-        await in_thread(jobs.hold, self._store, held.job_id, str(held))
+        await in_thread(waiting.hold, self._store, held.job_id, str(held))
         log.warning("a job waits for an operator", job=held.job_id, reason=str(held))
         self._taken -= {work.id for work in change.work if work.job_id == held.job_id}
         change.work = [work for work in change.work if work.job_id != held.job_id]
@@ -145,4 +150,4 @@ def too_many(deletes: int, *, of: int, allowed: int | None) -> bool:
     """Whether so many studies may not go without a word of an operator."""
     if allowed is not None:
         return deletes > allowed
-    return deletes > _MAY_DELETE and deletes > _MAY_DELETE_SHARE * of
+    return deletes > MAY_DELETE and deletes > _MAY_DELETE_SHARE * of

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from dicomcast import errors, mapping, settings
 from dicomcast.dicom import feed
-from dicomcast.state import jobs, store
+from dicomcast.state import store, waiting
 
 InstanceKey = tuple[str, str]
 """Series Instance UID, SOP Instance UID."""
@@ -42,7 +42,7 @@ class StudyChange:
     """Instances of the study in FHIR when it was last written; 0 for a study new to us, None while not looked up."""
     urgent: bool = False
     """To be written without waiting for quiet."""
-    work: list[jobs.Work] = field(default_factory=list)
+    work: list[waiting.Work] = field(default_factory=list)
     """What somebody has asked for, and this settles."""
     entries: int = 0
     """How often it was touched."""

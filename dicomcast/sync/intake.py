@@ -71,6 +71,10 @@ class Intake:
             if position.mark is not None:
                 entries = await self._dicom.page(position.watermark - 1, width=1, metadata=False)
                 marks = [mark_of(one) for one in entries if isinstance(one, feed.ChangeFeedEntry)]
+                if len(marks) < len(entries):
+                    raise errors.Unavailable(
+                        "dicom", f"the entry {position.watermark} was read before and can't be now"
+                    )
                 if position.mark not in marks:
                     raise errors.FeedWentBackwards(
                         f"the change feed's entry {position.watermark} is not the one that was synced: the feed was "

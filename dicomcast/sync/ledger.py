@@ -25,6 +25,9 @@ _T = TypeVar("_T")
 _BEAT = timedelta(seconds=30)
 """At the head, commit that often even if nothing has happened: `status` can then tell idle from dead."""
 
+_ALL = 2**63 - 1
+"""The highest sequence there can be."""
+
 log = structlog.get_logger("dicomcast.sync")
 
 Outcome = Literal["created", "updated", "unchanged", "deleted", "failed"]
@@ -44,15 +47,16 @@ class Settled:
 
 
 class Ledger:
-    """The state of one feed while this worker holds its lease."""
+    """The state of one feed while this worker holds its lease; `reads`: the feed is read meanwhile."""
 
-    def __init__(self, state: store.Store, *, clock: Clock, seconds: float, tally: bool):
+    def __init__(self, state: store.Store, *, clock: Clock, seconds: float, tally: bool, reads: bool = True):
         self._store = state
         self._clock = clock
         self._seconds = seconds
         self._held_until = 0.0
         self._lease: store.Lease | None = None
         self._looks = False
+        self._reads = reads
         self._effects = store.Effects()
         self._writing: store.Effects | None = None
         self._commits = asyncio.Lock()
@@ -83,6 +87,11 @@ class Ledger:
     def first(self) -> int:
         """Reading began after this sequence."""
         return self.position.first if self.position else 0
+
+    @property
+    def seen(self) -> int:
+        """The highest sequence read. Where none is read, all that is known was read before."""
+        return self.watermark.seen if self._reads else _ALL
 
     @property
     def dirty(self) -> bool:
@@ -273,14 +282,14 @@ class Ledger:
                 log.info(
                     "committed", watermark=position.watermark, latest=position.latest, failures_opened=committed.opened
                 )
-            self.position = position
+            self.position = position or self.position
             if len(self._marks) > self._pruned_at:
                 self._marks = {one: mark for one, mark in self._marks.items() if self.watermark.may_be_low(one)}
                 self._pruned_at = 2 * len(self._marks) + 1000
 
     def _reached(self) -> store.Position | None:
-        if self.position is None:
-            return None  # a job, and nobody has begun the feed
+        if self.position is None or not self._reads:
+            return None  # a job alone says nothing of the feed
         low = self.watermark.low
         mark = self._marks.get(low, self.position.mark if low == self.position.watermark else None)
         return store.Position(self.position.first, low, self.latest, mark)

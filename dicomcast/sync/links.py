@@ -5,7 +5,7 @@ Searches are hints and ETags the truth: a stale hit ends in a conflict, and a co
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -32,6 +32,8 @@ _ENDPOINT: _Name = ("Endpoint", None, "")
 _REMEMBERED = 10_000
 _HINT_LASTS = 60.0
 _NEVER = float("-inf")
+ASKED_TOGETHER = 50
+"""Studies that are looked up at once."""
 _MERGES = 5
 """Longest chain of merged Patients that is followed."""
 
@@ -106,6 +108,19 @@ class Links:
         found = _only(_carrying(hits, *identity))
         if found is None and self._naming.client_ids:
             found = await self._fhir.read("ImagingStudy", resources.assigned_id("ImagingStudy", identity[1]))
+        return found
+
+    async def repeated(self, studies: Sequence[str]) -> set[str]:
+        """Those of these studies whose UID several ImagingStudies carry."""
+        found: set[str] = set()
+        for at in range(0, len(studies), ASKED_TOGETHER):
+            some = {one: _study_identity(one) for one in studies[at : at + ASKED_TOGETHER]}
+            query = by_identifiers("ImagingStudy", some.values(), elements="identifier")
+            try:
+                (hits,) = await self._fhir.search([query])
+            except errors.Rejected:  # it can't be asked about many: what a study meets by itself must do
+                continue
+            found |= {one for one, identity in some.items() if len(_carrying(hits, *identity)) > 1}
         return found
 
     def must_ask(self, question: Question) -> bool:

@@ -37,7 +37,7 @@ class Planned:
 
 @dataclass(slots=True)
 class Rehearsed:
-    """What would become of a study; `kinds`: what would fail, `row`: the row that it would have."""
+    """What would become of a study; `failures`: what would fail, `row`: the row that it would have."""
 
     outcome: Outcome
     writes: list[Planned] = field(default_factory=list)
@@ -106,6 +106,7 @@ class Rehearsal:
         patience: Patience,
     ):
         self._roads = roads
+        self._links = links
         self._fhir = fhir
         self._dicom = dicom
         self._ledger = ledger
@@ -117,22 +118,25 @@ class Rehearsal:
         for _ in range(_TRIES):
             writes: list[Planned] = []
             token = _planned.set(writes)
+            change = StudyChange(study_uid, arrived=0.0, touched=0.0)
+            change.reconcile("rehearsal")
             try:
-                settled = await self._patience.with_("fhir", partial(self._attempt, study_uid))
+                settled = await self._patience.with_("fhir", partial(self._attempt, change))
             except errors.StudyFailed as failed:
                 return _failed(study_uid, failed)
             except errors.Replan:
                 continue
             finally:
                 _planned.reset(token)
+                if writes:  # what was pretended is not there
+                    self._links.forget(change.patient_key, refused=False)
                 await self._ledger.commit()
             return Rehearsed(settled.outcome, writes, settled.failures, settled.study)
         moving = errors.StudyFailed("conflict", "somebody else changes it all the time", stage="write")
         return _failed(study_uid, moving)
 
-    async def _attempt(self, study_uid: str) -> Settled:
-        change = StudyChange(study_uid, arrived=0.0, touched=0.0)
-        change.reconcile("rehearsal")
+    async def _attempt(self, change: StudyChange) -> Settled:
+        _planned.get().clear()
         try:
             return await self._roads.reconcile(change, lambda: None)
         except errors.Rejected as refused:

@@ -8,7 +8,7 @@ that it replaces.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC
+from datetime import UTC, datetime
 
 from dicomcast import decimals, errors, mapping, settings
 from dicomcast.clock import Clock
@@ -143,7 +143,7 @@ class Roads:
         observed = await observations.of_study(self._fhir, held) if self._rules.kinds else []
         if (later := absorb()) is not None:
             change.absorb(later)
-        cut = self._ledger.watermark.seen
+        cut = self._ledger.seen
         archived = await self._in_dicom(change.study_uid, sequence=change.last_sequence or None)
         failures = self._still_missing(change, archived)
         if archived is not None and archived.instances:
@@ -196,6 +196,8 @@ class Roads:
         """The study's instances; None where two witnesses say that it is gone: metadata 404, and no search hit."""
         found: dict[tuple[str, str], mapping.Instance] = {}
         failures: list[store.Failure] = []
+        # The feed waits until the service agrees with itself; what only somebody has asked for keeps nothing else up.
+        contradicted = errors.Unavailable if sequence is not None else errors.Troubled
         try:
             async for dataset in self._dicom.study(study_uid):
                 try:
@@ -210,10 +212,10 @@ class Roads:
                     found[instance.series_uid, instance.sop_uid] = instance
         except LookupError:
             if await self._dicom.lists(study_uid):
-                raise errors.Unavailable("dicom", f"study {study_uid} is listed but has no metadata") from None
+                raise contradicted("dicom", f"study {study_uid} is listed but has no metadata") from None
             return None
         if not found and not failures:
-            raise errors.Unavailable("dicom", f"study {study_uid} has metadata of no instance")
+            raise contradicted("dicom", f"study {study_uid} has metadata of no instance")
         return Archived(list(found.values()), failures)
 
     def _still_missing(self, change: StudyChange, archived: Archived | None) -> list[store.Failure]:
@@ -239,22 +241,23 @@ class Roads:
     ) -> Settled:
         """Nothing of the study can be shown any more: DELETE if it is gone, else keep the resource without series."""
         self.forget(change.study_uid)
-        outcome: Outcome = "failed" if failures else "unchanged" if held is None else "deleted"
-        kept: Held | None = None
-        if held is not None and (gone or held.resource.get("series")):
-            self._may_end(change)
+        kept, written = held, False
         if held is not None:
             ours = plan.created_by_us(held, change.study_uid, naming=self._naming)
             stays = not gone or self._end_policy != "delete" or not ours or self._rules.foreign(held.resource)
-            if stays or not await self._deleted(held, observed):
-                kept = await self._ended(held, observed, gone=gone)
-            elif await self._dicom.lists(change.study_uid):
-                raise errors.Replan("the study came back while it was deleted")
+            if not stays and await self._deleted(change, held, observed):
+                kept, written = None, True
+                if await self._dicom.lists(change.study_uid):
+                    raise errors.Replan("the study came back while it was deleted")
+            else:
+                kept, written = await self._ended(change, held, observed, gone=gone)
+        outcome: Outcome = "failed" if failures else "deleted" if written else "unchanged"
         study = self._row(change, row, "failed" if failures else "cancelled" if kept else "deleted", kept)
         return Settled(outcome, study, failures=failures)
 
-    async def _deleted(self, held: Held, observed: list[Held]) -> bool:
+    async def _deleted(self, change: StudyChange, held: Held, observed: list[Held]) -> bool:
         """DELETE with our Observations; False where others refer to one of them (409 though nobody changed any)."""
+        self._may_end(change)
         try:
             for part in _parts([], [plan.delete(one) for one in (*observed, held)]):
                 await self._fhir.write(part)
@@ -270,18 +273,23 @@ class Roads:
         self._met[held.id] = held.version
         return conflict.referred and again and not await self._changed(held, leaving)
 
-    async def _ended(self, held: Held, observed: list[Held], *, gone: bool) -> Held:
-        """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong."""
+    async def _ended(self, change: StudyChange, held: Held, observed: list[Held], *, gone: bool) -> tuple[Held, bool]:
+        """The ImagingStudy that stays, without our series; our Observations go, or say that they are wrong.
+
+        And whether anything had to be written for it.
+        """
         status = "cancelled" if self._end_policy == "delete" else self._end_policy
         around, _ = await self._links.around(None)
         where = around.endpoint.reference if around.endpoint is not None and gone else None
         ended = plan.ended(held, status=status, endpoint=where, rules=self._rules)
-        kept = held
-        for part in _parts([ended] if ended is not None else [], [plan.delete(one) for one in observed]):
+        kept, parts = held, [*_parts([ended] if ended is not None else [], [plan.delete(one) for one in observed])]
+        if parts:
+            self._may_end(change)
+        for part in parts:
             for write, done in await self._done(held, observed, part, {}):
                 if write is ended:
                     kept = _as_written(write, done, {})
-        return kept
+        return kept, bool(parts)
 
     async def _changed(self, held: Held, observed: Sequence[Held]) -> bool:
         """Whether somebody has changed the ImagingStudy or an Observation since."""
@@ -387,12 +395,12 @@ class Roads:
             patient=subject.rpartition("/")[2] or None,
             series=int(resource.get("numberOfSeries") or 0),
             instances=int(resource.get("numberOfInstances") or 0),
-            first_sequence=row.first_sequence if row else min(change.sequences, default=0),
+            first_sequence=(row.first_sequence if row else 0) or min(change.sequences, default=0),
             last_sequence=row.last_sequence if row else 0,
             mapping_digest=self._rules.digest,
             synced_at=self._clock.now(),
             modality="/".join(sorted({str(one.get("code")) for one in resource.get("modality") or ()}))[:64] or None,
-            month=row.month if row and row.month else f"{(change.entered or self._clock.now()).astimezone(UTC):%Y-%m}",
+            month=row.month if row and row.month else _month(change.entered),
         )
         return _advanced(fresh, change)
 
@@ -455,6 +463,10 @@ def _parts(together: list[Write], more: list[Write]) -> Iterator[list[Write]]:
         yield together
     for at in range(0, len(more), _AT_ONCE):
         yield more[at : at + _AT_ONCE]
+
+
+def _month(entered: datetime | None) -> str | None:
+    return f"{entered.astimezone(UTC):%Y-%m}" if entered is not None else None
 
 
 def _advanced(row: store.Study, change: StudyChange) -> store.Study:

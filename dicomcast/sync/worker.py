@@ -21,13 +21,11 @@ from dicomcast.sync.backlog import Backlog
 from dicomcast.sync.changes import Buffer, StudyChange, failure_of
 from dicomcast.sync.intake import Intake
 from dicomcast.sync.ledger import Ledger, Settled
-from dicomcast.sync.links import PatientKey, Question
+from dicomcast.sync.links import ASKED_TOGETHER, PatientKey, Question
 from dicomcast.sync.patience import LONGEST_PAUSE, Patience, Stopped
 from dicomcast.sync.roads import ways
 
 _COMMIT_EVERY = 1.0
-_ASKED_TOGETHER = 50
-"""Studies that are looked up at once."""
 _CONFLICTS = 8
 _REFUSED_IN_A_ROW = 25
 _REFUSALS = "refusals"
@@ -91,7 +89,7 @@ class Worker:
         self._stop = stop
         self._progress = progress
         self._patience = Patience(clock=clock, stop=stop, limit=options.sync.patience if once else None)
-        self.ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=once)
+        self.ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=once, reads=job is None)
         self._buffer = Buffer(settle=options.settle, limit=options.sync.buffer)
         self._lanes: dict[str, asyncio.Task[None]] = {}
         self._intake = Intake(
@@ -178,6 +176,10 @@ class Worker:
         )
         if self._job is None:
             await self._patience.with_("dicom", self._intake.take_up)
+        else:
+            latest = await self._patience.with_("dicom", self._dicom.latest)
+            # All that the feed tells has been settled: no Patient waits for older news.
+            self._links.behind = self.ledger.watermark.low < (latest.sequence if latest else 0)
         log.info(
             "started",
             software=can.software,
@@ -239,16 +241,16 @@ class Worker:
         for change in known[:free]:
             self._buffer.take(change.study_uid)
             self._lanes[change.study_uid] = tasks.create_task(self._lane(change))
-        many = len(asked) >= _ASKED_TOGETHER or self._buffer.full or not self._intake.behind
+        many = len(asked) >= ASKED_TOGETHER or self._buffer.full or not self._intake.behind
         if asked and many and len(known) <= free and (self._looking is None or self._looking.done()):
-            self._looking = tasks.create_task(self._look_up(dict(islice(asked.items(), _ASKED_TOGETHER))))
+            self._looking = tasks.create_task(self._look_up(dict(islice(asked.items(), ASKED_TOGETHER))))
 
     def _due(self, free: int) -> list[StudyChange]:
         """What is due, no more of it than lanes are free and can be asked about at once."""
         buffer, intake = self._buffer, self._intake
         due = buffer.due_behind(intake.feed_time) if intake.behind else buffer.due_at_head(now=self._clock.monotonic())
         idle = (change for change in due if change.study_uid not in self._lanes)
-        return list(islice(idle, free + _ASKED_TOGETHER))
+        return list(islice(idle, free + ASKED_TOGETHER))
 
     async def _read_rows(self, changes: Iterable[StudyChange]) -> None:
         blank = {one.study_uid: one for one in changes if one.held is None and one.study_uid not in self._lanes}

@@ -80,7 +80,9 @@ def upgrade() -> None:
         sa.Column("rule", sa.String(64), comment="id of the mapping rule"),
         sa.Column("tag", sa.String(64), comment="DICOM tag, 8 characters"),
         sa.Column("message", sa.Text, nullable=False, comment="for people; never holds an attribute's value"),
-        sa.Column("attempts", sa.Integer, nullable=False, comment="how often it was met"),
+        sa.Column(
+            "attempts", sa.Integer, nullable=False, comment="tries so far; what is met before its retry is due is none"
+        ),
         sa.Column("first_seen", _Instant, nullable=False, comment="when it was met first"),
         sa.Column("last_seen", _Instant, nullable=False, comment="when it was met last, or was over"),
         sa.Column("next_retry", _Instant, comment="when it is tried again; absent: not by itself"),

@@ -48,7 +48,11 @@ def upgrade() -> None:
     op.add_column("study", sa.Column("modality", sa.String(64), comment="modalities of its series, sorted, / between"))
     op.add_column(
         "study",
-        sa.Column("month", sa.String(7), comment="YYYY-MM in UTC in which its first change was recorded by the feed"),
+        sa.Column(
+            "month",
+            sa.String(7),
+            comment="YYYY-MM in UTC in which the feed recorded its first change; absent: none yet",
+        ),
     )
     op.create_index("study_by_outcome", "study", ["feed_id", "outcome", "month", "modality"])
     op.create_index("study_by_digest", "study", ["feed_id", "mapping_digest", "outcome", "synced_at"])
@@ -89,7 +93,7 @@ def upgrade() -> None:
         sa.Column(
             "handover",
             sa.BigInteger,
-            comment="newest sequence when listing began: what comes later is the feed's own",
+            comment="a little below the newest sequence when listing began: the feed goes on there",
         ),
         sa.Column(
             "per_second", sa.Float, comment="most studies a second; absent: as many as live traffic leaves room for"
@@ -120,6 +124,8 @@ def upgrade() -> None:
     op.create_index("work_by_study", "work", ["job_id", "study_instance_uid"], unique=True)
     op.create_index("work_by_job", "work", ["job_id", "state", "id"])
     op.create_index("work_by_state", "work", ["feed_id", "state", "job_id"])
+    differs = sa.text("detail IS NOT NULL")
+    op.create_index("work_that_differs", "work", ["job_id", "id"], sqlite_where=differs, postgresql_where=differs)
     op.create_table(
         "flush",
         sa.Column("id", _Id, primary_key=True, comment="number of the settling"),
