@@ -213,6 +213,8 @@ async def _work_through(desk: Desk, job: jobs.Job) -> jobs.Progress:
                 if now.held is not None and now.left:
                     raise errors.NeedsPerson(_held(job, now))
                 if not now.left or desk.stop.is_set():
+                    if now.held == jobs.CANCELLED:
+                        log.warning("somebody has cancelled the job", job=job.id)
                     return now
                 if not await in_thread(desk.worked_on):
                     at_work = asyncio.create_task(_work(desk, job))
@@ -410,7 +412,8 @@ async def verify(
     Raises `NeedsPerson` too where a repair would take more studies out of FHIR than was allowed.
     """
     scope = [f"--study {one}" for one in studies] or ([f"--since {since}"] if since else ["--all"])
-    job, now, every = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits), desk.clock.now(), True
+    job = desk.begin("verify", " ".join([*scope, *["--repair"] * repair]), limits)
+    now, every = desk.clock.now(), True
     if job.listed_at is None or job.listed_at < now - _GOOD_FOR:
         await _put(desk, job, studies, to_compare=True, cursor=job.cursor)
         every = bool(studies) or await desk.patience.unless_stopped(_list_all(desk, job, since=since))
@@ -418,9 +421,10 @@ async def verify(
             jobs.listed(desk.state, job, now=desk.clock.now())
     # What an earlier call of the same found may not be so any more.
     await in_thread(jobs.compare_again, desk.state, job, before=now - _GOOD_FOR)
-    differing, pending = await _compare(desk, job, limits), []
+    differing, pending = await _compare(desk, job, limits), set[int]()
     if differing and desk.worked_on():
         # The worker may just have been about to write what is missing.
+        log.info("some seem to differ: looking again", studies=len(differing), seconds=2 * desk.options.settle.idle)
         await desk.patience.wait(2 * desk.options.settle.idle)
         differing = await _compare(desk, job, limits)
         pending = await desk.patience.unless_stopped(_pending(desk, differing))
@@ -438,13 +442,13 @@ async def verify(
     return Report(document, [*map(_in_words, found)], amiss=amiss, stopped=desk.stop.signal)
 
 
-async def _pending(desk: Desk, differing: dict[int, dict[str, Json]]) -> list[int]:
+async def _pending(desk: Desk, differing: dict[int, dict[str, Json]]) -> set[int]:
     """Those that the feed tells of above the watermark: whoever holds the lease has yet to come to them."""
     feed = desk.state.feed(desk.options.feed_name) or {}
     told: set[str] = set()
     async for studies in _told(desk, after=feed.get("watermark") or 0):
         told |= studies
-    return [work_id for work_id, one in differing.items() if one["study_instance_uid"] in told]
+    return {work_id for work_id, one in differing.items() if one["study_instance_uid"] in told}
 
 
 async def _list_all(desk: Desk, job: jobs.Job, *, since: str | None) -> bool:
@@ -672,7 +676,7 @@ async def _list_for_backfill(
 def named_in(file: Path) -> list[str]:
     """Study Instance UIDs of a file, one a line; blank lines and what follows a # do not count.
 
-    Raises `Misconfigured` with the numbers of the lines that hold none.
+    Raises `Misconfigured` with the numbers of the lines that hold something else, and where there is none at all.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -682,6 +686,8 @@ def named_in(file: Path) -> list[str]:
     wrong = [at for at, uid in uids.items() if uid and not values.is_uid(uid)]
     if wrong:
         raise errors.Misconfigured([f"--studies-file {file}: line {at} is no UID" for at in wrong[:20]])
+    if not any(uids.values()):
+        raise errors.Misconfigured([f"--studies-file {file}: there is no UID in it"])
     return list(dict.fromkeys(uid for uid in uids.values() if uid))
 
 

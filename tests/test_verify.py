@@ -413,6 +413,14 @@ def test_line_of_a_file_that_is_no_uid_is_named_and_not_quoted(tmp_path: Path) -
     assert "Zplant" not in str(wrong.value)
 
 
+def test_file_without_uids_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "studies.txt"
+    file.write_text("# none yet\n\n")
+
+    with pytest.raises(errors.Misconfigured, match="no UID in it"):
+        operations.named_in(file)
+
+
 def test_feed_that_was_never_begun_begins_below_where_the_listing_of_all_did(
     clinic: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
