@@ -15,7 +15,7 @@ from hospital import Hospital, Scripted, serving
 from xdist.scheduler import LoadScopeScheduling
 
 # No verdict on the speed of a machine; CI tries the same examples every time.
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=stack.CI, max_examples=100 if stack.CI else 40)
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=stack.CI, max_examples=100 if stack.CI else 25)
 hypothesis.settings.load_profile("tests")
 
 FHIR_SERVICES = ["sandbox", "hapi"]

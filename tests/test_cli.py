@@ -493,6 +493,7 @@ def test_nothing_to_map_is_an_empty_collection(tmp_path: Path) -> None:
 # No patient data
 
 
+@stack.long
 def test_no_patient_data_is_in_database_logs_and_output(sandbox: services.Sandbox, tmp_path: Path) -> None:
     planted = {
         "PatientName": "Qzplanted^Name",

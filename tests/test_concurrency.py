@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import stack
 from hospital import Hospital, a_study, uid, until
 
 from dicomcast import app, operations, reporting
@@ -16,6 +17,7 @@ from dicomcast.state import reports
 ROUNDS = 3
 
 
+@stack.long
 def test_worker_replay_verify_and_reports_share_a_database(clinic: Hospital) -> None:
     studies = [a_study(instances=2) for _ in range(40)]
     for study in studies[::8]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 import pytest
+import stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_mapping import CONTEXT, DATA, KINDS, LINKS, MAPPING, SHIPPED, _golden, assert_nothing_empty, dataset
@@ -294,7 +295,7 @@ def test_text_and_object_say_the_same(data: Json) -> None:
         assert outcome(MAPPING, values.DataSet.parse(text)) == outcome(MAPPING, orjson.loads(text))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60 if stack.CI else 20)
 @given(st.lists(st.tuples(datasets, st.booleans()), min_size=2, max_size=5))
 def test_nothing_read_before_counts(history: list[tuple[Json, bool]]) -> None:
     several = []

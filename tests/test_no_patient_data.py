@@ -39,7 +39,7 @@ MARKS = ("qzplant", "19310717", "1931-07-17", "031731.717171", "03:17:31", "7173
 GROUPS = (0x0008, 0x0010, 0x0018, 0x0020, 0x0032, 0x0038, 0x0040)
 PLAIN = {"SpecificCharacterSet", "TimezoneOffsetFromUTC", "PatientID"}
 FORMS = ("table", "json", "csv")
-STATUSES = (400, 401, 403, 404, 409, 412, 415, 422, 429, 500, 503) if stack.CI else (403, 409, 422, 500, 503)
+STATUSES = (400, 401, 403, 404, 409, 412, 415, 422, 429, 500, 503) if stack.CI else (403, 500)
 HASTE = {"DICOMCAST_SYNC__PATIENCE": "0.1", "DICOMCAST_SETTLE__IDLE": "0.1", "DICOMCAST_LOG__LEVEL": "debug"}
 ELSEWHERE = {"run", "map", "mappings", "sandbox", "demo", "db upgrade"}
 """Verbs that are tried in another way, or that show nothing of what was synced; `map` prints what it is asked to."""
@@ -104,7 +104,7 @@ def corpus(hospital: Hospital) -> list[list[pydicom.Dataset]]:
 
 
 def lines(hospital: Hospital, studies: list[list[pydicom.Dataset]], tmp_path: Path) -> list[list[str]]:
-    """Every verb that asks or changes something, and where it can fail also so."""
+    """Every verb that asks or changes something, and where it can fail also so; in CI in each form."""
     file = tmp_path / "studies.txt"
     file.write_text("\n".join(uid(study[0]) for study in studies))
     failure = str(hospital.failures()[0]["id"])
@@ -135,7 +135,8 @@ def lines(hospital: Hospital, studies: list[list[pydicom.Dataset]], tmp_path: Pa
         ["backfill", "--studies-file", str(file)],
         ["sync"],
     ]
-    formed = [[*line, "--format", form] for line in (*shown, *done) for form in FORMS]
+    every = enumerate((*shown, *done))
+    formed = [[*line, "--format", form] for at, line in every for form in (FORMS if stack.CI else [FORMS[at % 3]])]
     return [
         *formed,
         ["failures", "dismiss", "--id", failure, "--reason", "known"],

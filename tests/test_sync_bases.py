@@ -378,7 +378,7 @@ def change(hospital: Hospital) -> None:
 @pytest.mark.parametrize("kind", list(KINDS) if stack.CI else ["server ids, no bundles"])
 def test_a_database_that_is_lost_at_any_request_costs_no_content(tmp_path: Path, kind: str) -> None:
     """The service takes a request, answers no more, and when it is back, what we knew of it is gone."""
-    for at in range(0, 100, 1 if stack.CI else 3):
+    for at in range(0, 100, 1 if stack.CI else 6):
         with another(tmp_path, HurriedClock(), KINDS[kind]) as hospital:
             hospital.flags["sync"] = {"patience": 5, "parallel": 1}
             loses_its_database(hospital, tmp_path)

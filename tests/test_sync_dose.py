@@ -8,6 +8,7 @@ from typing import Any
 import dose
 import pydicom
 import pytest
+import stack
 from hospital import Hospital, a_study, uid
 
 from dicomcast import sandbox as services
@@ -235,7 +236,7 @@ def test_a_server_that_can_not_search_by_part_loses_nothing_of_other_studies(tmp
         assert parts == {f"ImagingStudy/{study['id']}"}
 
 
-@pytest.mark.parametrize("client_ids", [True, False], ids=["client ids", "server ids"])
+@pytest.mark.parametrize("client_ids", [True, pytest.param(False, marks=stack.long)], ids=["client ids", "server ids"])
 def test_more_events_than_one_transaction_takes(tmp_path: object, client_ids: bool) -> None:
     with another(tmp_path, entry_limit=110, client_ids=client_ids) as hospital:
         images = a_study(instances=1)

@@ -16,7 +16,7 @@ from simulated import LATE, REQUEST_FAULTS, WRITE_FAULTS, Plan, Simulated, Snaps
 
 from dicomcast import errors
 
-TURNS = [("plain", 0), ("like HAPI", 1), ("no transactions", 2)]
+TURNS = [("plain", 0), ("like HAPI", 1)]
 if stack.CI:
     TURNS = [("plain", turn) for turn in range(len(REQUEST_FAULTS))]
     TURNS += [(server, turn) for server in SERVERS if server != "plain" for turn in (0, 5)]

@@ -155,10 +155,11 @@ def test_a_deletion_is_one_read_and_one_delete(archive: Archive, hospital: Hospi
     assert hospital.log() == ["GET /fhir/metadata", f"GET {study}", f"DELETE {study}"]
 
 
+@stack.long
 def test_four_hundred_and_four_studies_are_four_hundred_and_fifty_requests(
     archive: Archive, hospital: Hospital
 ) -> None:
-    mean = 248 if stack.CI else 20  # 100,192 instances
+    mean = 248  # 100,192 instances
     chance = random.Random(2)
     sizes = [size for one in (chance.randint(1, 2 * mean - 1) for _ in range(202)) for size in (one, 2 * mean - one)]
     archive.fill(sizes, patients=350)
@@ -175,6 +176,7 @@ def test_four_hundred_and_four_studies_are_four_hundred_and_fifty_requests(
 # Through it all
 
 
+@stack.long
 def test_two_hours_of_outage_under_five_thousand_entries_park_nothing(archive: Archive, hospital: Hospital) -> None:
     archive.fill([50] * 100)
     hospital.patience = 1_000_000  # of a clock that runs on while the machine is busy
