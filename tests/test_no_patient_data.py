@@ -149,7 +149,7 @@ def lines(hospital: Hospital, studies: list[list[pydicom.Dataset]], tmp_path: Pa
     ]
 
 
-def test_no_verb_leaves_patient_data_anywhere(clinic: Hospital, tmp_path: Path) -> None:
+def test_scenario_13_no_verb_leaves_patient_data_anywhere(clinic: Hospital, tmp_path: Path) -> None:
     studies = corpus(clinic)
     heard = [*cli(clinic, "sync", **HASTE)[1:]]
     kinds = set(clinic.kinds())
