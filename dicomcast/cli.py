@@ -31,8 +31,7 @@ import dicomcast
 from dicomcast import app as verbs
 from dicomcast import authoring, decimals, errors, mapping, operations, reporting, settings
 from dicomcast.dicom import values
-from dicomcast.state import reports
-from dicomcast.state.operators import Position
+from dicomcast.state import operators, reports
 
 Json = Any
 
@@ -330,6 +329,7 @@ def verify(
         partial(operations.verify, limits=limits, studies=study or (), since=since, repair=repair),
         output,
         title="Verify",
+        worker_helps=False,
     )
 
 
@@ -355,8 +355,11 @@ def backfill(
     return _job(partial(operations.backfill, limits=limits, dates=dates, named=named), output, title="Backfill")
 
 
-def _job(verb: Any, output: Format, *, title: str) -> int:
-    """Run a verb of `operations`, show what it did, and say how it ended."""
+def _job(verb: Any, output: Format, *, title: str, worker_helps: bool = True) -> int:
+    """Run a verb of `operations`, show what it did, and say how it ended.
+
+    `worker_helps`: what it leaves undone, a worker does too.
+    """
     options = _settings(to_sync=True)
     with _progress(title) as progress:
         done = asyncio.run(operations.at_desk(options, verb, progress=progress))
@@ -371,7 +374,7 @@ def _job(verb: Any, output: Format, *, title: str) -> int:
         if counts:
             _print(output, None, [counts], title=title)
     if done.stopped:
-        others = "" if title == "Verify" else ", and so does a worker"
+        others = ", and so does a worker" if worker_helps else ""
         _say(f"Stopped. The same command goes on where it was{others}.")
         return 128 + done.stopped
     return 1 if done.amiss else 0
@@ -417,7 +420,7 @@ def state_set(
     options = _settings(unused=("fhir",))
     newest = operations.newest(options, watermark, "--watermark")
     before = _position(options)
-    wanted = Position(
+    wanted = operators.Position(
         feed=options.feed_name,
         url=options.dicom.url,
         first=min(before.first if before else watermark, watermark),
@@ -453,7 +456,7 @@ def state_import(
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as unreadable:
         raise errors.Misconfigured([f"{file}: can't be read ({type(unreadable).__name__})"]) from None
-    wanted = operations.read_exported(text)
+    wanted = operators.read_exported(text)
     if wanted.feed != options.feed_name:
         message = f"the position is of the feed {wanted.feed}, this one is {options.feed_name} (dicom.feed)"
         raise errors.Misconfigured([message])
@@ -474,7 +477,7 @@ def state_audit(
     return 0
 
 
-def _position(options: settings.Settings) -> Position | None:
+def _position(options: settings.Settings) -> operators.Position | None:
     """Where the feed is, as far as that can be read."""
     try:
         return operations.position(options)
@@ -483,7 +486,7 @@ def _position(options: settings.Settings) -> Position | None:
         return None
 
 
-def _confirm_move(options: settings.Settings, before: Position | None, watermark: int, *, yes: bool) -> None:
+def _confirm_move(options: settings.Settings, before: operators.Position | None, watermark: int, *, yes: bool) -> None:
     """Say what a new position means, and ask, unless told not to; nobody there to be asked is a usage error."""
     what = f"be taken up at {watermark}"
     if before is not None:

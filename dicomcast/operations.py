@@ -36,7 +36,6 @@ from dicomcast.sync.rehearsal import Rehearsal, Rehearsed
 from dicomcast.sync.roads import ways
 
 Json = Any
-read_exported = operators.read_exported
 Progress = Callable[[int, int], None]
 """Called with the studies that are done, and all of them."""
 
@@ -168,7 +167,7 @@ async def at_desk(
         state.open()
         feed_id = state.know(options.feed_name, url=options.dicom.url)
         patience = Patience(clock=clock, stop=stop, limit=options.sync.patience)
-        ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=False, reads=False)
+        ledger = Ledger(state, clock=clock, seconds=options.sync.lease, tally=False)
         ledger.look(feed_id)
         async with app.services(options, clock=clock, dry=True) as (dicom, fhir):
             try:
@@ -430,16 +429,15 @@ async def verify(
         pending = await desk.patience.unless_stopped(_pending(desk, differing))
         await in_thread(jobs.pending, desk.state, pending)
         differing = {work_id: one for work_id, one in differing.items() if work_id not in pending}
-    jobs.listed(desk.state, job, now=desk.clock.now())
-    states = jobs.progress(desk.state, job).states
+    jobs.listed(desk.state, job, now=desk.clock.now())  # or it was cancelled meanwhile
+    checked = jobs.progress(desk.state, job).done
     found = list(differing.values())
     if not studies and since is None:
         found += await desk.patience.unless_stopped(_orphans(desk))
     found += [] if every else [{"study_instance_uid": None, "kind": "unlisted"}]
-    repaired = await _repair(desk, job, differing, limits, checked=states["done"]) if repair and differing else 0
-    document = {"checked": states["done"], "differences": found, "repaired": repaired, "pending": len(pending)}
-    amiss = len(found) > repaired or states["cancelled"] > 0
-    return Report(document, [*map(_in_words, found)], amiss=amiss, stopped=desk.stop.signal)
+    repaired = await _repair(desk, job, differing, limits, checked=checked) if repair and differing else 0
+    document = {"checked": checked, "differences": found, "repaired": repaired, "pending": len(pending)}
+    return Report(document, [*map(_in_words, found)], amiss=len(found) > repaired, stopped=desk.stop.signal)
 
 
 async def _pending(desk: Desk, differing: dict[int, dict[str, Json]]) -> set[int]:

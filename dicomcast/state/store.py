@@ -745,7 +745,7 @@ def _check_file(path: str | None) -> None:
     if not path or path == ":memory:":
         raise errors.Misconfigured(["database.url: state must outlive the process: name a file, sqlite:///state.db"])
     file = Path(path).absolute()
-    if not os.path.isdir(file.parent):
+    if not os.path.isdir(file.parent):  # pathlib's raises where a folder above may not be entered
         raise errors.Misconfigured([f"database.url: there is no folder {file.parent} that this user may enter"])
     for one in (file.parent, *([file] if file.exists() else ())):
         if not os.access(one, os.R_OK | os.W_OK):  # SQLite keeps its log beside the file
